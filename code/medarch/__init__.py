@@ -1,0 +1,1 @@
+"""Models, benchmarks and machinery of the book on emerging architectures for medical AI."""
