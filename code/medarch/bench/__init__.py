@@ -1,0 +1,1 @@
+"""Timing, memory, FLOPs and the records of what was measured."""

@@ -1,0 +1,1 @@
+"""Real data that ships with installed packages, read with its checksum verified."""
