@@ -1,0 +1,195 @@
+"""``make book``: execute what changed, hold the claims to their evidence, build the site, and only then put it in place.
+
+Everything happens beside the published site, which is exchanged in one step at the end. A build that fails, is killed or
+runs out of disk leaves the last good site whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from medarch.site.chapters import BookError, Fault, Project
+from medarch.site.evidence import check, collect, read_claims
+from medarch.site.execute import Report, execute
+
+
+@contextlib.contextmanager
+def alone(project: Project) -> Iterator[None]:
+    """Hold the build lock; the system lets go of it even when the process is killed.
+
+    Raises:
+        BookError: while another build holds it.
+    """
+    import fcntl
+
+    project.build.mkdir(exist_ok=True)
+    with (project.build / "lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            raise BookError(Fault("_build/lock", 1, f"another build of this book is running (process {handle.read().strip() or 'unknown'})",
+                                  "wait for it, or end it; nothing of it is lost")) from None  # fmt: skip
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def build_book(
+    project: Project, *, force: bool = False, workers: int | None = None, report: Report = print
+) -> Path:
+    """Bring the whole book up to date.
+
+    Returns:
+        the folder of the finished site.
+
+    Raises:
+        BookError: with all faults of execution, of the claims, or of the pages; the last good site stays in place.
+    """
+    with alone(project), _disk(project):
+        start = time.perf_counter()
+        claims = read_claims(project)
+        notebooks = execute(project, project.chapters.values(), claims, workers=workers, force=force, report=report)
+        faults = check(project, claims, collect(project, notebooks))
+        if faults:
+            raise BookError(faults)
+        executed = time.perf_counter()
+        work = project.build / "work"
+        run_sphinx(project, work)
+        _notebooks(project, work / "html")
+        publish(work / "html", project.html)
+        report(f"Chapters up to date in {executed - start:.1f} s, site built in {time.perf_counter() - executed:.1f} s.")
+    return project.html
+
+
+@contextlib.contextmanager
+def _disk(project: Project) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BookError(Fault("_build", 1, f"the disk is full ({error.filename or project.build})",
+                              "free some space and build again; finished chapters and the last good site are kept")) from error  # fmt: skip
+
+
+def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: Iterable[str] = ()) -> None:
+    """Build the pages with Jupyter Book from the executed notebooks in the cache.
+
+    Args:
+        strict: every warning is an error.
+        without: chapters to show without outputs, because no current run of them is stored.
+
+    Raises:
+        BookError: where Sphinx fails; its own messages have been printed.
+    """
+    from jupyter_book.sphinx import build_sphinx
+
+    overrides: dict[str, Any] = {
+        "nb_execution_mode": "cache",
+        "nb_execution_cache_path": str(project.cache),
+        "nb_execution_raise_on_error": True,
+        "nb_execution_excludepatterns": [f"book/{name}.md" for name in without],
+    }
+    # A failed build leaves pages marked as read that never were: the next one must start afresh.
+    mark = work / "failed"
+    if mark.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    status = build_sphinx(
+        project.root, work / "html", path_config=project.root / "_config.yml", doctreedir=work / "doctrees",
+        confoverrides=overrides, warningiserror=strict, keep_going=True, quiet=True,
+    )  # fmt: skip
+    if isinstance(status, OSError) and status.errno == errno.ENOSPC:
+        raise status
+    if isinstance(status, KeyboardInterrupt):
+        raise status
+    if status:
+        raise BookError(Fault("book", 1, "the pages have faults: Sphinx's messages above name file and line", "mend each and build again"))
+    mark.unlink()
+
+
+def _notebooks(project: Project, html: Path) -> None:
+    from medarch.site.export import export_all
+
+    export_all(project, html / "notebooks")
+
+
+def publish(built: Path, site: Path) -> None:
+    """Put a finished build in place of the published site, whole or not at all."""
+    following, previous = site.with_name("html.next"), site.with_name("html.previous")
+    if previous.exists() and not site.exists():  # a kill between the two renames below
+        previous.rename(site)
+    shutil.rmtree(following, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
+    try:
+        shutil.copytree(built, following, ignore=shutil.ignore_patterns(".buildinfo", ".doctrees"))
+    except BaseException as error:
+        shutil.rmtree(following, ignore_errors=True)
+        if isinstance(error, shutil.Error) and "No space left" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(following)) from error
+        raise
+    if site.exists():
+        site.rename(previous)
+    following.rename(site)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def preview(project: Project, name: str, port: int, report: Report = print) -> None:
+    """Serve one chapter executed, and rebuild its page whenever a file of the book is saved.
+
+    Cells run only when they or what they stand on have changed; other chapters keep the outputs of the last build, or are
+    shown without. The pages are those of the whole book, so cross-references work.
+    """
+    import uvicorn
+    from sphinx_autobuild.__main__ import _create_app
+    from sphinx_autobuild.filter import IgnoreFilter
+
+    work = project.build / "preview"
+    rebuild = Rebuild(project.root, name)
+    rebuild(changed_paths=())
+    address = f"127.0.0.1:{port}"
+    ignore = IgnoreFilter([project.build, project.root / ".venv", project.root / ".git"], [r"\.part$", r"__pycache__", r"/\.", r"~$"])
+    app = _create_app([project.book, project.root / "code", project.root / "_toc.yml"], ignore, rebuild, work / "html", address)
+    report(f"http://{address}/book/{name}.html  (Ctrl-C ends the preview)")
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+class Rebuild:
+    """One turn of the preview; runs in a forked process, so that changed code of the package is seen."""
+
+    def __init__(self, root: Path, name: str):
+        self.root, self.name = root, name
+
+    def __call__(self, *, changed_paths: Iterable[Path] = ()) -> None:
+        """Execute the chapter if it is stale, then build the pages; faults are printed, never raised."""
+        start = time.perf_counter()
+        project = Project(self.root)
+        try:
+            with alone(project):
+                from medarch.site.digest import chapter_digest
+                from medarch.site.execute import Store
+
+                claims, store = read_claims(project), Store(project)
+                notebooks = execute(project, project.pick([self.name]), claims)
+                stale = []
+                for name, chapter in project.chapters.items():
+                    if name not in notebooks:
+                        kept = store.current(chapter, chapter_digest(project, chapter, claims))
+                        stale.append(name) if kept is None else notebooks.update({name: kept})
+                for fault in check(project, claims, collect(project, notebooks)):
+                    print(fault, file=sys.stderr)
+                run_sphinx(project, project.build / "preview", strict=False, without=stale)
+            print(f"Rebuilt in {time.perf_counter() - start:.1f} s.")
+        except (BookError, OSError) as error:
+            print(error, file=sys.stderr)
