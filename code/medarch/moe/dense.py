@@ -18,10 +18,10 @@ def feed_forward(
 ) -> Float[Tensor, "*batch hidden"]:
     """The network itself, without biases: up, activation, down.
 
-    With ``"silu"`` it is SwiGLU, ``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202, equation
-    6): the first ``intermediate`` rows of ``up_proj`` are the gate and the others the up-projection, so
-    that one matrix product serves both and ``up = 2 * intermediate``. With ``"gelu"`` it is
-    ``down(gelu(up(x)))`` and ``up = intermediate``.
+    With ``"silu"`` it is SwiGLU, ``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202): the
+    first ``intermediate`` rows of ``up_proj`` are the gate and the others the up-projection, so that one
+    matrix product serves both and ``up = 2 * intermediate``. With ``"gelu"`` it is ``down(gelu(up(x)))``
+    and ``up = intermediate``.
 
     Args:
         hidden_states: Token vectors.

@@ -76,8 +76,8 @@ class Experts(nn.Module):
         idle, *counts = torch.bincount(slots - NO_EXPERT, minlength=self.config.num_experts + 1).tolist()
         if len(counts) != self.config.num_experts:
             raise ValueError(
-                f"indices name expert {len(counts) - 1}, but there are {self.config.num_experts} experts, from 0 to "
-                f"{self.config.num_experts - 1}"
+                f"indices name expert {len(counts) - 1}, but num_experts={self.config.num_experts} and they "
+                "are numbered from 0"
             )
         order = slots.argsort(stable=True)[idle:]
         batches = tokens.index_select(0, order // k).split(counts)

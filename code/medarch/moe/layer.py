@@ -12,7 +12,7 @@ from medarch.moe.router import Routing, TopKRouter
 
 
 class MoELayer(nn.Module):
-    """A sparse mixture of experts (Shazeer et al. 2017, arXiv:1701.06538, equation 1).
+    """A sparse mixture of experts (Shazeer et al. 2017, arXiv:1701.06538).
 
     Each token x gets ``sum over its k experts of weight_e(x) * expert_e(x)``; the other E - k experts are
     not evaluated. The layer is exact: no expert has a capacity, and no token is dropped.
@@ -72,7 +72,8 @@ def check_inputs(hidden_states: Tensor, mask: Tensor | None, hidden_size: int, d
         hidden_states.is_floating_point() and torch.is_autocast_enabled(hidden_states.device.type)
     ):
         raise ValueError(
-            f"hidden_states are {hidden_states.dtype} but the layer's weights are {dtype}: convert one with .to(...)"
+            f"hidden_states are {hidden_states.dtype} but the layer's weights are {dtype}: "
+            "convert one of them with .to(...)"
         )
     if mask is None:
         return
@@ -82,6 +83,6 @@ def check_inputs(hidden_states: Tensor, mask: Tensor | None, hidden_size: int, d
         )
     if tuple(mask.shape) != shape[:-1]:
         raise ValueError(
-            f"mask of shape {tuple(mask.shape)} does not fit hidden_states of shape {shape}: it needs one value a "
-            f"token, shape {shape[:-1]}"
+            f"mask of shape {tuple(mask.shape)} does not fit hidden_states of shape {shape}: it needs one "
+            f"value a token, shape {shape[:-1]}"
         )

@@ -21,7 +21,7 @@ def from_mixtral_block(block: nn.Module) -> MoELayer:
     Raises:
         ValueError: If the module is no such block, or its experts are no SwiGLU.
     """
-    router, gate_up_proj, down_proj = _mixtral_parameters(block)
+    *_, down_proj = _mixtral_parameters(block)
     num_experts, hidden_size, intermediate_size = down_proj.shape
     config = MoEConfig(hidden_size, intermediate_size, num_experts, int(block.top_k))  # type: ignore[arg-type]
     layer = MoELayer(config).to(down_proj.device, down_proj.dtype)
@@ -66,8 +66,8 @@ def _mixtral_parameters(block: nn.Module) -> tuple[nn.Parameter, nn.Parameter, n
         ]
     except AttributeError as missing:
         raise ValueError(
-            f"{type(block).__name__} is no MixtralSparseMoeBlock of transformers 5 ({missing}): before version 5 its "
-            "experts were separate modules"
+            f"{type(block).__name__} is no MixtralSparseMoeBlock of transformers 5 ({missing}): before "
+            "version 5 its experts were separate modules"
         ) from missing
     # By behaviour and not by class: transformers has several classes for one activation.
     probe = torch.linspace(-3, 3, 7)
@@ -83,11 +83,13 @@ def _pairs(layer: MoELayer, block: nn.Module) -> list[tuple[nn.Parameter, nn.Par
     if not (config.gated and config.norm_topk_prob) or config.router_bias:
         raise ValueError(
             "Mixtral has SwiGLU experts, renormalised weights and no router bias, but the layer has "
-            f"hidden_act={config.hidden_act!r}, norm_topk_prob={config.norm_topk_prob}, router_bias={config.router_bias}"
+            f"hidden_act={config.hidden_act!r}, norm_topk_prob={config.norm_topk_prob}, "
+            f"router_bias={config.router_bias}"
         )
     if config.num_experts_per_tok != block.top_k:
         raise ValueError(
-            f"the layer's num_experts_per_tok={config.num_experts_per_tok} but the block's top_k={block.top_k}"
+            f"the layer's num_experts_per_tok={config.num_experts_per_tok} differs from the block's "
+            f"top_k={block.top_k}"
         )
     ours = [layer.router.weight, layer.experts.gate_up_proj, layer.experts.down_proj]
     theirs = _mixtral_parameters(block)

@@ -67,8 +67,7 @@ class TopKRouter(nn.Module):
     """A linear map from a token to one logit an expert, of which the k largest win.
 
     The logits and the softmax are computed in float32 even where the layer runs in half precision, since
-    rounding there flips decisions and destabilises training (Fedus et al. 2021, arXiv:2101.03961, section
-    2.4).
+    rounding there flips decisions and destabilises training (Fedus et al. 2021, arXiv:2101.03961).
 
     Args:
         config: Sizes and the order of softmax and selection.
@@ -132,8 +131,9 @@ class TopKRouter(nn.Module):
         if wrong_tokens.any():
             first = tuple(wrong_tokens.nonzero()[0].tolist())
             return (
-                f"hidden_states hold NaN or infinity in {int(wrong_tokens.sum())} of {wrong_tokens.numel()} tokens, the "
-                f"first at index {first}: mend what comes before this layer, or mask these tokens as padding"
+                f"hidden_states hold NaN or infinity in {int(wrong_tokens.sum())} of "
+                f"{wrong_tokens.numel()} tokens, the first at index {first}: mend what comes before this "
+                "layer, or mask these tokens as padding"
             )
         if not all(torch.isfinite(parameter).all() for parameter in self.parameters()):
             return "the router's weights hold NaN or infinity: the training that made them has diverged"
