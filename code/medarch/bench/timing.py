@@ -140,7 +140,8 @@ def compare(
 
     process = device == "cpu" and threads == 1
     clock = time.process_time if process else synchronising_clock
-    # Not torch's Timer: it calls a slow variant twice more before each timed block, which triples a page's time.
+    # Not torch's Timer: it calls a slow variant twice more before each timed block, and so takes thrice as
+    # long.
     timers = {name: timeit.Timer(function, timer=clock) for name, function in variants.items()}
     names = list(variants)
     threads_before = torch.get_num_threads()
