@@ -179,6 +179,6 @@ def prove(claim_id: str, measured: float) -> None:
             f"claim {claim_id!r}: measured {value:g}, but book/claims.yml:{claim.line} expects {claim.expect} "
             f"({claim.quantity}); correct the cell, or the claim with its verdict"
         )
-    print(f"Claim: {claim.claim}\nVerdict: {claim.verdict} (measured: {claim.quantity}, inside {claim.expect})")
+    print(f"Claim {claim_id}: {claim.verdict} (expected {claim.expect}, and so measured)")
     payload: dict[str, Any] = {GLUE_PREFIX + "text/plain": repr(value)}
     display(payload, raw=True, metadata={"scrapbook": {"name": claim_id, "mime_prefix": GLUE_PREFIX}})
