@@ -81,11 +81,11 @@ class Experts(nn.Module):
             )
         order = slots.argsort(stable=True)[idle:]
         batches = tokens.index_select(0, order // k).split(counts)
+        experts = self.weights()
+        # An expert without tokens is not called. One always is, so that an empty batch too has a gradient.
+        called = [expert for expert, count in enumerate(counts) if count] or [0]
         answers = torch.cat(
-            [
-                feed_forward(batch, up_proj, down_proj, self.config.hidden_act)
-                for batch, (up_proj, down_proj) in zip(batches, self.weights(), strict=True)
-            ]
+            [feed_forward(batches[expert], *experts[expert], self.config.hidden_act) for expert in called]
         )
         weighted = answers * weights.reshape(-1, 1).index_select(0, order)
         by_slot = weighted.new_zeros(slots.numel(), tokens.shape[-1]).index_copy(0, order, weighted)

@@ -1,0 +1,54 @@
+"""The speed benchmark measures what it says, and nothing before all versions agree."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from medarch.moe import MoEConfig, benchmarks
+
+
+def test_a_quick_run_gives_every_comparison() -> None:
+    results = benchmarks.speed(quick=True)
+    json.dumps(results)
+    assert results["repeats"] == 3
+    variants = {"dense_active", "dense_total", "moe", "loop", "transformers_eager", "transformers_grouped_mm"}
+    for tokens in (1, 17):
+        for mode in ("forward", "forward_backward"):
+            comparison = results[f"tokens_{tokens}"][mode]
+            assert comparison["baseline"] == "dense_active"
+            assert set(comparison["variants"]) == variants
+            assert all(entry["seconds"]["median"] > 0 for entry in comparison["variants"].values())
+
+
+@pytest.mark.parametrize("wrong", ["moe", "transformers_eager", "transformers_grouped_mm"])
+@pytest.mark.parametrize("parameter", [0, 1, 2], ids=["router", "gate_up_proj", "down_proj"])
+def test_a_version_that_disagrees_is_not_timed(wrong: str, parameter: int) -> None:
+    config = MoEConfig(28, 52, 5, 2)
+    generator = torch.Generator().manual_seed(1)
+    modules = benchmarks.build_variants(config, generator, "cpu")
+    tokens = torch.randn(13, 28, generator=generator)
+    benchmarks.check_agreement(modules, tokens, tokens)
+    if wrong == "moe":  # Shares its weights with the loop, so it gets weights of its own.
+        other = benchmarks.build_variants(config, torch.Generator().manual_seed(1), "cpu")["moe"]
+        modules["moe"] = other
+        benchmarks.check_agreement(modules, tokens, tokens)
+    with torch.no_grad():
+        list(modules[wrong][0].parameters())[parameter].flatten()[3] += 0.05
+    with pytest.raises(ValueError, match=f"{wrong} disagrees with the loop"):
+        benchmarks.check_agreement(modules, tokens, tokens)
+
+
+def test_backward_reaches_the_input_and_every_weight() -> None:
+    generator = torch.Generator().manual_seed(1)
+    modules = benchmarks.build_variants(MoEConfig(28, 52, 5, 2), generator, "cpu")
+    tokens = torch.randn(13, 28, generator=generator)
+    for module, forward in modules.values():
+        call = benchmarks.with_backward(module, forward, tokens, tokens)
+        first, second = call(), call()
+        assert len(first) == 1 + len(list(module.parameters()))
+        for name in first:
+            assert first[name].abs().max() > 0
+            torch.testing.assert_close(first[name], second[name])
