@@ -1,0 +1,218 @@
+"""``pytest --nbval book``: each chapter re-executed, as its readers' notebook, against the outputs recorded for it.
+
+A pytest plugin over nbval. One execution serves three checks: the checked cells print what ``tests/reference`` holds, the
+exported notebook runs, and each exercise's starter says "not yet" and its solution "correct". What would compare nothing (a
+missing, stale or empty record, a run without a comparison) is an error, for nbval alone passes all of these.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from nbval.kernel import CURRENT_ENV_KERNEL_NAME, RunningKernel, start_new_kernel
+from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams, find_metadata_tags
+
+from medarch.site.chapters import BookError, Chapter, Fault, Project, read_chapter
+from medarch.site.execute import THREADS, write_if_changed
+from medarch.site.export import export_notebook
+from medarch.site.markup import exercises
+
+
+def reference(project: Project, name: str) -> Path:
+    """The recorded notebook of a chapter."""
+    return project.root / "tests" / "reference" / f"{name}.ipynb"
+
+
+def comparable(outputs: Iterable[Any]) -> list[NotebookNode]:
+    """What of a cell's outputs is compared: streams, the text of displays and errors, that there is an image; no glue."""
+    kept = []
+    for output in coalesce_streams([nbformat.from_dict(dict(output)) for output in outputs]):
+        if output.output_type == "stream":
+            kept.append(nbformat.v4.new_output("stream", name=output.name, text=output.text))
+        elif output.output_type == "error":
+            kept.append(nbformat.v4.new_output("error", ename=output.ename, evalue=output.evalue))
+        elif "scrapbook" not in output.metadata:
+            image = next((mime for mime in output.data if mime.startswith("image/")), None)
+            text = f"({image})" if image else output.data.get("text/plain", "")
+            kept.append(nbformat.v4.new_output("display_data", {"text/plain": text}))
+    return kept
+
+
+def says(outputs: Iterable[Any]) -> bool:
+    """Whether comparable outputs hold any text to compare, an image's stand-in being none."""
+    return any(not output.get("data", {}).get("text/plain", "").startswith("(image/") for output in outputs)
+
+
+def recorded(chapter: Chapter, executed: NotebookNode) -> NotebookNode:
+    """The small notebook that stands for a run: all code, and the comparable outputs of the cells that are checked."""
+    runs = [cell for cell in executed.cells if cell.cell_type == "code"]
+    cells = []
+    for number, ((_, cell), run) in enumerate(zip(chapter.code_cells, runs, strict=True)):
+        tags = list(cell.metadata.get("tags", []))
+        kept = nbformat.v4.new_code_cell(cell.source, id=f"cell-{number}", metadata={"tags": tags} if tags else {})
+        options = dict(find_metadata_tags(cell.metadata))
+        if options.get("check", True) and not options.get("skip"):
+            kept.update(outputs=comparable(run.outputs), execution_count=1)
+        cells.append(kept)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+
+
+def record(project: Project, chapters: Iterable[Chapter], executed: Mapping[str, NotebookNode]) -> list[Path]:
+    """Write the recorded notebooks of executed chapters, and return those that changed; review them with ``git diff``."""
+    changed = []
+    for chapter in chapters:
+        path = reference(project, chapter.name)
+        text = nbformat.writes(recorded(chapter, executed[chapter.name])) + "\n"
+        if write_if_changed(path, text):
+            changed.append(path)
+    return changed
+
+
+class Kernel(RunningKernel):
+    """nbval's kernel, started as the executor starts its own: one thread each, no warnings of ipykernel's."""
+
+    def __init__(self, root: Path, folder: Path, timeout: float):
+        environment = {**os.environ, **THREADS, "PYTHONHASHSEED": "0", "MEDARCH_ROOT": str(root)}
+        environment.pop("MPLBACKEND", None)
+        self.km, self.kc = start_new_kernel(
+            timeout, CURRENT_ENV_KERNEL_NAME, cwd=str(folder), env=environment,
+            extra_arguments=["--log-level=ERROR"], stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._ensure_iopub_up()
+
+
+class ChapterCell(IPyNbCell):
+    """A cell of the exported chapter, compared with its record."""
+
+    line = 1
+
+    def compare_outputs(self, test: list[Any], ref: list[Any], skip_compare: Any = None) -> bool:
+        if says(ref):
+            self.user_properties.append(("compared", self.name))
+        return bool(super().compare_outputs(comparable(test), ref, skip_compare))
+
+    def repr_failure(self, excinfo: Any) -> str:
+        where = f"{self.path}:{self.line}"
+        if isinstance(excinfo.value, BookError):
+            return str(excinfo.value)
+        return f"{where}: {super().repr_failure(excinfo)}\n    -> mend the cell; if the change is meant, `medarch record {self.parent.name_}`"
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, self.line - 1, self.name
+
+
+class ExerciseCell(ChapterCell):
+    """A starter or a solution, in a copy of the chapter's namespace; what it prints must begin as it should."""
+
+    wanted = ""
+
+    def compare_outputs(self, test: list[Any], ref: list[Any], skip_compare: Any = None) -> bool:
+        printed = "".join(output.get("text", "") for output in test).strip()
+        verdicts = [line for line in printed.splitlines() if line.startswith(("not yet: ", "correct: "))]
+        if not verdicts or not all(line.startswith(self.wanted) for line in verdicts):
+            raise BookError(Fault(str(self.path), self.line, f"{self.name} printed {printed!r} and should say {self.wanted!r}",
+                                  "mend the exercise's checker, starter or solution"))  # fmt: skip
+        return True
+
+
+class ChapterFile(IPyNbFile):
+    """A chapter as nbval's notebook file."""
+
+    def collect(self) -> Iterator[IPyNbCell]:
+        project = Project(self.config.rootpath)
+        self.name_ = name = self.path.relative_to(project.book).with_suffix("").as_posix()
+        try:
+            chapter = read_chapter(project.root, name, self.path) if name in project.toc else None
+            if chapter is None:
+                return
+            yield from self._cells(chapter, load_recorded(project, chapter))
+        except BookError as error:
+            raise self.CollectError(str(error)) from error
+
+    def _cells(self, chapter: Chapter, stored: NotebookNode) -> Iterator[IPyNbCell]:
+        exported = [cell for cell in export_notebook(chapter).cells if cell.cell_type == "code"]
+        found = []
+        for number, ((line, _), cell, kept) in enumerate(zip(chapter.code_cells, exported, stored.cells, strict=True)):
+            cell.update(outputs=kept.outputs, execution_count=kept.execution_count)
+            options = defaultdict(bool, find_metadata_tags(cell.metadata))
+            options.setdefault("check", self.compare_outputs)
+            found.append(self._cell(ChapterCell, f"cell {number + 1} (line {line})", number, cell, options, line))
+        if not any(item.options["check"] and says(item.cell.outputs) for item in found):
+            raise BookError(Fault(chapter.file, 1, "no cell of the chapter is compared with its record" + (" under --nbval-lax" if not self.compare_outputs else ""),
+                                  "let a checked cell print what must not drift (for --nbval-lax one tagged nbval-check-output), then `medarch record`"))  # fmt: skip
+        yield from found
+        for label, parts in exercises(chapter).items():
+            pieces = [(line, "starter", source) for line, source in parts.starters]
+            pieces += [(line, "solution", source) for line, code in parts.solutions for source in code]
+            for line, kind, source in pieces:
+                code = f"exec(compile({source!r}, {f'<{kind} of {label}>'!r}, 'exec'), dict(globals()))"
+                cell = nbformat.v4.new_code_cell(code, execution_count=1)
+                item = self._cell(ExerciseCell, f"{kind} of {label}", len(found), cell, defaultdict(bool, check=True), line)
+                item.wanted = "not yet" if kind == "starter" else "correct"
+                yield item
+
+    def _cell(self, kind: type[ChapterCell], name: str, number: int, cell: NotebookNode, options: Any, line: int) -> Any:
+        item = kind.from_parent(self, name=name, cell_num=number, cell=cell, options=options)
+        item.line = line
+        return item
+
+    def setup(self) -> None:
+        self.kernel = Kernel(self.config.rootpath, self.path.parent, self.config.option.nbval_kernel_startup_timeout)
+        self.setup_sanitize_files()
+
+
+def load_recorded(project: Project, chapter: Chapter) -> NotebookNode:
+    """A chapter's recorded notebook, if it is there and belongs to the chapter as it stands."""
+    path, remedy = reference(project, chapter.name), f"run `medarch record {chapter.name}` and review the diff"
+    file = path.relative_to(project.root).as_posix()
+    if not path.is_file():
+        raise BookError(Fault(file, 1, f"{chapter.file} has no recorded outputs", remedy))
+    try:
+        stored = nbformat.read(path, as_version=4)
+    except Exception as error:
+        raise BookError(Fault(file, 1, f"the recorded outputs cannot be read: {error}", remedy)) from error
+    theirs = [(cell.source, cell.metadata.get("tags", [])) for cell in stored.cells]
+    ours = [(line, (cell.source, cell.metadata.get("tags", []))) for line, cell in chapter.code_cells]
+    for (line, cell), kept in zip(ours, theirs, strict=False):
+        if cell != kept:
+            raise BookError(Fault(chapter.file, line, f"the cell differs from the one recorded in {file}", remedy))
+    if len(ours) != len(theirs):
+        raise BookError(Fault(chapter.file, 1, f"{len(ours)} code cells, but {file} records {len(theirs)}", remedy))
+    return stored
+
+
+def pytest_collect_file(file_path: Path, parent: Any) -> ChapterFile | None:
+    """Chapters are the markdown files below ``book/`` of pytest's root folder."""
+    option = parent.config.option
+    inside = file_path.suffix == ".md" and file_path.is_relative_to(parent.config.rootpath / "book")
+    return ChapterFile.from_parent(parent, path=file_path) if inside and (option.nbval or option.nbval_lax) else None
+
+
+class _Tally:
+    """Counts comparisons over all workers; a run that asked for them and made none has failed."""
+
+    compared = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.compared += report.when == "call" and any(key == "compared" for key, _ in report.user_properties)
+
+    def pytest_sessionfinish(self, session: Any) -> None:
+        option = session.config.option
+        if not self.compared and (option.nbval or option.nbval_lax) and not option.collectonly:
+            print("\nERROR: --nbval compared no recorded output: name a chapter, or `pytest --nbval book`")
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_configure(config: Any) -> None:
+    """Count on the process that gathers the reports."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Tally())

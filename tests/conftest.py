@@ -1,0 +1,36 @@
+"""What the tests share: copies of the two-page fixture book to do harm to."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+FIXTURE = Path(__file__).parent / "site" / "fixture"
+collect_ignore = ["site/fixture", "reference"]
+
+
+@pytest.fixture
+def fixture_book(tmp_path: Path) -> Path:
+    """A fresh copy of the fixture book, without recorded outputs; its root folder."""
+    return Path(shutil.copytree(FIXTURE, tmp_path / "fixture"))
+
+
+@pytest.fixture(scope="session")
+def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from medarch.site.chapters import Project
+    from medarch.site.execute import Running, run_chapter
+    from medarch.site.recorded import record
+
+    root = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("recorded") / "fixture"))
+    project = Project(root)
+    executed = {name: run_chapter(chapter, Running())[0] for name, chapter in project.chapters.items()}
+    assert len(record(project, project.chapters.values(), executed)) == len(executed) == 2
+    return root
+
+
+@pytest.fixture
+def recorded_book(_recorded: Path, tmp_path: Path) -> Path:
+    """A fresh copy of the fixture book with the outputs recorded that its chapters have now; its root folder."""
+    return Path(shutil.copytree(_recorded, tmp_path / "recorded"))
