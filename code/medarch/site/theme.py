@@ -1,0 +1,260 @@
+"""The look and the weight of the site: what the theme lets no option, template or style sheet change.
+
+A Sphinx extension in three steps. Before the build it takes the book's addresses from the environment. For each page,
+in memory, it sorts out scripts and styles that the page has no use for and mends its markup. After the build it
+replaces the theme's icon fonts and styles by the icons in use and copies the part of MathJax that pages load.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import html
+import importlib.metadata
+import io
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import imagesize
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+# Assets that only some pages need: file name -> the text that shows that a page's body needs it.
+ASSETS = {
+    "clipboard.min.js": '<div class="highlight"',
+    "copybutton.js": '<div class="highlight"',
+    "copybutton.css": '<div class="highlight"',
+    "pygments.css": '<div class="highlight"',
+    "design-tabs.js": "sd-tab-set",
+    "sphinx-design.min.css": 'class="sd-',
+    "exercise.css": 'class="exercise',
+    "mystnb.": 'class="cell',
+    "mathjax/": 'class="math',
+}
+# What MathJax loads for TeX input; its menu alone weighs as much as input and output together.
+MATHJAX = ("startup.js", "core.js", "loader.js", "input/tex.js", "input/tex/extensions", "output/chtml.js")
+MATHJAX_MORE = ("output/chtml/fonts", "a11y/assistive-mml.js")
+FONTS = "vendor/fontawesome/webfonts"
+DROPPED = ("scripts/fontawesome.js*", "scripts/*.map", "scripts/*.LICENSE.txt", "styles/*.map", f"{FONTS}/*.ttf")
+DROPPED_ALSO = ("images/logo_*", "sbt-webpack-macros.html", "webpack-macros.html", "locales")
+
+
+def read_addresses(app: Sphinx, config: Config) -> None:
+    """Take the site's and the repository's address from the environment (see the head of _config.yml)."""
+    site = (config.html_baseurl or os.environ.get("MEDARCH_SITE_URL", "")).rstrip("/")
+    for name, address in {"MEDARCH_SITE_URL": site, "MEDARCH_REPOSITORY_URL": repository_url()}.items():
+        if address and urlsplit(address).scheme not in ("http", "https"):
+            raise ValueError(f"{name}={address!r} is no web address: write it with https:// or unset it")
+    config.html_baseurl = f"{site}/" if site else ""
+    config.ogp_site_url = config.html_baseurl
+    config.notfound_urls_prefix = urlsplit(config.html_baseurl).path or "/"
+    if site:
+        config.sitemap_url_scheme = "{link}"
+        config.sitemap_excludes = ["search.html", "genindex.html", "404.html", "index.html"]
+    if repository_url():
+        branch = os.environ.get("MEDARCH_REPOSITORY_BRANCH", "main")
+        config.html_theme_options.update(repository_url=repository_url(), repository_branch=branch)
+        config.html_theme_options.update(use_edit_page_button=True, use_issues_button=True, use_repository_button=True)
+
+
+def repository_url() -> str:
+    """Return the address of the book's repository, or nothing where none is configured."""
+    return os.environ.get("MEDARCH_REPOSITORY_URL", "").rstrip("/")
+
+
+def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
+    """Give a page's description, from its front matter or its first paragraph, to the head and to Open Graph."""
+    if doctree is None:
+        return
+    written = re.search(r'<meta content="([^"]*)" name="description"', context.get("metatags") or "")
+    text = html.unescape(written[1]) if written else first_paragraph(doctree)
+    context["meta"] = {**(context.get("meta") or {}), "og:description": text, "ogp_description_length": "0"}
+    if not written and text:
+        context["metatags"] += f'\n<meta content="{html.escape(text)}" name="description" />'
+
+
+def first_paragraph(doctree: nodes.document, limit: int = 160) -> str:
+    """Return the first paragraph of running text, without mathematics and citations, cut at a word."""
+    for paragraph in doctree.findall(nodes.paragraph):
+        if isinstance(paragraph.parent, nodes.section):
+            skipped = (nodes.math, nodes.citation_reference, nodes.footnote_reference, nodes.raw)
+            words = [n.astext() for n in paragraph.findall(nodes.Text) if not isinstance(n.parent, skipped)]
+            text = " ".join("".join(words).split())
+            return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + "…"
+    return ""
+
+
+def lighten_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Keep the scripts and styles that this page uses, and let no script hold up its first paint."""
+    body = context.get("body", "")
+
+    def wanted(asset: Any) -> bool:
+        name, inline = str(asset.filename or "").removeprefix("_static/"), asset.attributes.get("body", "")
+        if "window.MathJax" in inline:  # Sphinx also gives it to pages whose children have equations
+            return ASSETS["mathjax/"] in body
+        # pydata's one inline script serves its version switch, which a book without versions has not.
+        unused = "DOCUMENTATION_OPTIONS.pagename" in inline
+        return not unused and all(sign in body for key, sign in ASSETS.items() if name.startswith(key))
+
+    context["css_files"] = [asset for asset in context["css_files"] if wanted(asset)]
+    context["script_files"] = [asset for asset in context["script_files"] if wanted(asset)]
+    if template == "page.html":  # the search page's own scripts count on their order
+        for i, script in enumerate(context["script_files"]):
+            if script.filename:
+                attributes = {**script.attributes, "defer": "defer"}
+                context["script_files"][i] = type(script)(script.filename, priority=script.priority, **attributes)
+
+
+def mend_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Mend what docutils, the theme and the extensions write against HTML's and accessibility's rules."""
+    tags = context.get("metatags") or ""
+    tags = re.sub(r'<meta content="[^"]*" name="viewport" />|<meta name="viewport"[^>]*>', "", tags)
+    tags += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    if not app.config.html_baseurl:  # an address that is not known is left out, not made relative
+        tags = re.sub(r'<meta property="og:(url|image)" [^>]*>\n?', "", tags)
+    context["metatags"] = tags
+    if "body" not in context:
+        return
+    body = fold_dropdowns(context["body"])
+    # docutils gives the list a role whose children it then gives another
+    body = body.replace('<div role="list" class="citation-list">', '<div class="citation-list">')
+    body = body.replace(' role="doc-biblioentry"', "")
+    body = re.sub(
+        r'<input class="task-list-item-checkbox"( checked="checked")?',
+        lambda box: f'{box[0]} aria-label="{"done" if box[1] else "to do"}"',
+        body,
+    )
+    # every exercise and every solution carries the same id
+    body = re.sub(r'<section id="(exercise|solution)-content">', "<section>", body)
+    # a paragraph cannot stand in a summary, and the summary's words are its name
+    body = re.sub(r"<summary aria-label=[^>]*>", "<summary>", body)
+    body = re.sub(r'<p class="(collapsed|expanded) admonition-title">(.*?)</p>', r'<span class="\1">\2</span>', body)
+    body = re.sub(r"<img [^>]*>", functools.partial(measured_image, app), body)
+    context["body"] = body
+
+
+def fold_dropdowns(body: str) -> str:
+    """Turn admonitions of the class dropdown into details elements, which need no script."""
+    for start in reversed(list(re.finditer(r'<div class="(?=[^"]*\badmonition\b)[^"]*\bdropdown\b[^"]*"[^>]*>', body))):
+        depth, end = 1, None
+        for tag in re.finditer(r"<(/?)div\b[^>]*>", body[start.end() :]):
+            depth += -1 if tag[1] else 1
+            if depth == 0:
+                end = start.end() + tag.start()
+                break
+        if end is None:
+            continue
+        opening = start[0].replace("<div", "<details", 1)
+        title = re.compile(r'\s*<p class="admonition-title">(.*?)</p>', re.DOTALL)
+        inner = title.sub(summary, body[start.end() : end], count=1)
+        body = body[: start.start()] + opening + inner + "</details>" + body[end + len("</div>") :]
+    return body
+
+
+def summary(title: re.Match[str]) -> str:
+    """Return an admonition's title as a summary, without the links that may not stand in a control."""
+    return f'<summary class="admonition-title">{re.sub("</?a[^>]*>", "", title[1])}</summary>'
+
+
+def measured_image(app: Sphinx, tag: re.Match[str]) -> str:
+    """Give an image its width and height, so that the text below it does not jump when it arrives."""
+    source = re.search(r'src="[^"]*_images/([^"]+)"', tag[0])
+    if not source or " width=" in tag[0] or " style=" in tag[0]:
+        return tag[0]
+    path = next((key for key, name in app.builder.images.items() if name == source[1]), None)
+    width, height = imagesize.get(Path(app.srcdir) / path) if path else (-1, -1)
+    size = f' width="{int(width)}" height="{int(height)}"' if width > 0 else ""
+    return f'{tag[0].rstrip("/> ")}{size} loading="lazy" decoding="async">'
+
+
+def finish_site(app: Sphinx, error: Exception | None) -> None:
+    """Write the lean fonts, styles and MathJax over the full ones, and the redirect at the site's root."""
+    if error is not None or app.builder.format != "html":
+        return
+    static = Path(app.outdir) / "_static"
+    for pattern in DROPPED + DROPPED_ALSO:
+        for path in static.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    lean_icons(static, Path(app.srcdir) / "_build" / ".fonts")
+    full = importlib.metadata.distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline")
+    for part in MATHJAX + MATHJAX_MORE:
+        source, target = Path(str(full)) / "static" / "mathjax" / part, static / "mathjax" / part
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+    root = f"{app.config.root_doc}.html"
+    if root != "index.html":
+        title = html.escape(app.config.project)
+        (Path(app.outdir) / "index.html").write_text(
+            f'<!DOCTYPE html>\n<html lang="{app.config.language}"><head><meta charset="utf-8"><title>{title}</title>'
+            f'<meta http-equiv="refresh" content="0; url={root}"></head>'
+            f'<body><main><h1><a href="{root}">{title}</a></h1></main></body></html>\n',
+            encoding="utf-8",
+        )
+
+
+def lean_icons(static: Path, cache: Path) -> None:
+    """Cut Font Awesome's styles and fonts down to the icons that some page, script or style uses.
+
+    Args:
+        static: the built site's ``_static`` folder.
+        cache: a folder that keeps a cut font for as long as the icons and the full font stay the same.
+    """
+    import pydata_sphinx_theme
+
+    theme = Path(pydata_sphinx_theme.__file__).parent / "theme" / "pydata_sphinx_theme" / "static"
+    used = {"fa-solid", "fa-regular", "fa-brands"}
+    for path in [*static.parent.rglob("*.html"), *static.glob("**/*.js")]:
+        if "mathjax" not in path.parts:
+            used.update(re.findall(r"\bfa-[a-z0-9-]+", path.read_text(encoding="utf-8")))
+
+    def keep(rule: re.Match[str]) -> str:
+        return rule[0] if used & set(re.findall(r"fa-[a-z0-9-]+", rule[1])) else ""
+
+    styles = (theme / "styles" / "pydata-sphinx-theme.css").read_text(encoding="utf-8")
+    styles = re.sub(r'((?:\.fa-[a-z0-9-]+:before,?)+)\{content:"[^"]*"\}', keep, styles)
+    styles = re.sub(r',url\([^)]*\.ttf\) format\("truetype"\)|/\*# sourceMappingURL.*?\*/', "", styles)
+    (static / "styles" / "pydata-sphinx-theme.css").write_text(styles, encoding="utf-8")
+
+    everything = "".join(path.read_text(encoding="utf-8") for path in sorted(static.glob("**/*.css")))
+    codes = {int(code, 16) for code in re.findall(r"\\([ef][0-9a-f]{3})\b", everything)}
+    codes |= {ord(sign) for sign in everything if 0xE000 <= ord(sign) <= 0xF8FF}
+    cache.mkdir(parents=True, exist_ok=True)
+    for font in sorted((theme / FONTS).glob("*.woff2")):
+        key = hashlib.sha256(font.read_bytes() + repr(sorted(codes)).encode()).hexdigest()[:24]
+        cut = cache / f"{font.stem}-{key}.woff2"
+        if not cut.exists():
+            cut.write_bytes(cut_font(font, codes))
+        (static / FONTS).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(cut, static / FONTS / font.name)
+
+
+def cut_font(font: Path, codes: set[int]) -> bytes:
+    """Return the font with the glyphs of these code points alone, as WOFF2."""
+    from fontTools import subset
+
+    options = subset.Options(flavor="woff2", notdef_outline=True)
+    loaded = subset.load_font(str(font), options)
+    cutter = subset.Subsetter(options)
+    cutter.populate(unicodes=codes)
+    cutter.subset(loaded)
+    buffer = io.BytesIO()
+    subset.save_font(loaded, buffer, options)
+    return buffer.getvalue()
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the three steps with Sphinx."""
+    if app.config.html_baseurl or os.environ.get("MEDARCH_SITE_URL"):
+        app.setup_extension("sphinx_sitemap")
+    app.connect("config-inited", read_addresses, priority=100)
+    app.connect("html-page-context", describe, priority=400)
+    app.connect("html-page-context", lighten_page, priority=900)
+    app.connect("html-page-context", mend_page, priority=901)
+    app.connect("build-finished", finish_site, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,36 @@
+// A static server for the built site on a free loopback port, compressing as a web host does.
+import { createReadStream, readFileSync, existsSync, statSync } from "node:fs";
+import http from "node:http";
+import path from "node:path";
+import zlib from "node:zlib";
+
+const TYPES = {
+  ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
+  ".json": "application/json", ".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg",
+  ".woff": "font/woff", ".woff2": "font/woff2", ".ipynb": "application/json", ".md": "text/markdown; charset=utf-8",
+  ".txt": "text/plain; charset=utf-8", ".xml": "application/xml",
+};
+const COMPRESSED = new Set([".html", ".css", ".js", ".json", ".svg", ".md", ".txt", ".xml", ".ipynb"]);
+
+/** Serve `root`; returns { url, close }. A path outside `root` or without a file is a 404. */
+export async function serve(root) {
+  const base = path.resolve(root);
+  const server = http.createServer((request, response) => {
+    let file = path.join(base, decodeURIComponent(new URL(request.url, "http://host").pathname));
+    if (file.startsWith(base) && existsSync(file) && statSync(file).isDirectory()) file = path.join(file, "index.html");
+    if (!file.startsWith(base + path.sep) || !existsSync(file)) {
+      response.writeHead(404, { "content-type": "text/plain" }).end("not found");
+      return;
+    }
+    const kind = path.extname(file);
+    const headers = { "content-type": TYPES[kind] ?? "application/octet-stream", "cache-control": "max-age=600" };
+    if (COMPRESSED.has(kind) && /\bgzip\b/.test(request.headers["accept-encoding"] ?? "")) {
+      response.writeHead(200, { ...headers, "content-encoding": "gzip" }).end(zlib.gzipSync(readFileSync(file)));
+    } else {
+      response.writeHead(200, headers);
+      createReadStream(file).pipe(response);
+    }
+  });
+  await new Promise((done) => server.listen(0, "127.0.0.1", done));
+  return { url: `http://127.0.0.1:${server.address().port}`, close: () => server.close() };
+}
