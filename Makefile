@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help book test audit serve preview lab bench record export lint setup clean
+.PHONY: help book test audit notebooks serve preview lab bench record export lint setup clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -26,6 +26,9 @@ test: .venv/.ready  ## every check that needs nothing but Python packages
 
 audit: book tests/audit/node_modules/.ready  ## the checks that need Chromium, Java and Node
 	@$(BIN)/python tests/audit/audit.py _build/html
+
+notebooks: .venv/.ready
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(if $(filter cuda,$(MEDARCH_DEVICE)),--nbval-lax,--nbval) book
 
 serve: .venv/.ready  ## open the built book at http://127.0.0.1:8000/ (PORT=…)
 	@$(BIN)/medarch serve --port $(PORT)

@@ -95,6 +95,7 @@ def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: It
     from jupyter_book.sphinx import build_sphinx
 
     overrides: dict[str, Any] = {
+        "latex_individualpages": False,  # jupyter-book's own command line always sets it
         "nb_execution_mode": "cache",
         "nb_execution_cache_path": str(project.cache),
         "nb_execution_raise_on_error": True,
@@ -108,7 +109,7 @@ def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: It
     mark.touch()
     status = build_sphinx(
         project.root, work / "html", path_config=project.root / "_config.yml", doctreedir=work / "doctrees",
-        confoverrides=overrides, warningiserror=strict, keep_going=True, quiet=True,
+        confoverrides=overrides, warningiserror=strict, keep_going=True, quiet=True, noconfig=True,
     )  # fmt: skip
     if isinstance(status, OSError) and status.errno == errno.ENOSPC:
         raise status

@@ -223,7 +223,7 @@ def drop_deck_only(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 def decks(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     """One deck for each chapter with slides: each slide's content and the outputs of the cells tagged ``slide`` after it."""
-    for docname, metadata in app.env.metadata.items():
+    for docname, metadata in list(app.env.metadata.items()):
         if not metadata.get("slides") or app.builder.name != "html":
             continue
         doctree = app.env.get_doctree(docname)
