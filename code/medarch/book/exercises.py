@@ -45,7 +45,7 @@ def _hint(label: str, answer: Any) -> str | None:
     except Exception as error:
         wanted = next(iter(inspect.signature(checker).parameters.values())).annotation
         kind = f"expected {_name(wanted)}" if wanted is not inspect.Parameter.empty else "expected another kind of answer"
-        return f"{kind}, and this is {_name(type(answer))} ({type(error).__name__}: {error})"
+        return f"{kind}, and this is {_name(type(answer))} ({type(error).__name__}: {' '.join(str(error).split())})"
     if hint is None or isinstance(hint, str):
         return hint
     return f"the checker of {label} returned {_name(type(hint))}; it must return a hint, or None where the answer is right"

@@ -58,13 +58,17 @@ class Page:
         for block in walk(text):
             if not block.name:
                 fenced.update(range(block.line, block.line + len(block.body.splitlines()) + 1))
-            label = block.options.get("label") or block.options.get("name")
-            if block.name in count and (label or block.name == "figure"):
-                count[block.name] += 1
+            kind, options, shown = block.name, block.options, block.argument
+            if kind == "code-cell":
+                kind, options = "figure", (options.get("mystnb") or {}).get("figure") or {}
+                shown = options.get("caption") or ""
+            elif kind == "figure":
+                shown = block.body.strip().split("\n\n")[0].replace("\n", " ")
+            label = options.get("label") or options.get("name")
+            if kind in count and (label or shown and kind == "figure"):  # Sphinx numbers these and no others
+                count[kind] += 1
             if label:
-                caption = block.body if block.name == "figure" else block.argument
-                shown = caption.strip().split("\n\n")[0].replace("\n", " ")
-                self.labels.append((label, block.name, shown or label, count.get(block.name, 0), block.line))
+                self.labels.append((label, kind, shown or label, count.get(kind, 0), block.line))
         for number, line in enumerate(lines := text.splitlines(), start=1):
             if number not in fenced and (match := re.match(r"\(([^()`]+)\)=\s*$", line)):
                 after = next((follow for follow in lines[number:] if follow.strip()), "")
@@ -138,9 +142,13 @@ class _Reader:
                            f"use one of {', '.join(sorted(self.directives))}{nearest(block.name, self.directives)}")  # fmt: skip
                 continue
             rest = re.sub(r"[^\s>]", " ", block.prefix)
-            done.append(block.prefix + textwrap.indent(render(block), rest).removeprefix(rest))
+            plain = block.prefix + textwrap.indent(render(block), rest).removeprefix(rest)
+            if plain.strip():
+                done.append(plain)
+            else:
+                done[-1] = done[-1].rstrip("\n")
         done.append(self.inline("\n".join(lines[at:]), line + at))
-        return re.sub(r"\n{3,}", "\n\n", "\n".join(part for part in done if part.strip() or part == "")).strip("\n")
+        return "\n".join(done).strip("\n")
 
     def inline(self, text: str, line: int) -> str:
         """Prose between directives: roles, links, and MyST's own syntax of comments, targets, attributes and notes."""
@@ -151,6 +159,7 @@ class _Reader:
             (r"(?m)^\[\^([\w-]+)\]: ", r"<sup>\1</sup> "),
             (r"\[\^([\w-]+)\]", r"<sup>\1</sup>"),
             (r"(?m)^(\S[^\n]*)\n: +", r"**\1**: "),
+            (r"\n{3,}", "\n\n"),
         ):
             text = re.sub(pattern, plain, text)
         return text
@@ -332,14 +341,14 @@ def export_notebook(
         BookError: with every directive, role, reference, image, source or claim that the chapter names in vain.
     """
     reader = _Reader(chapter, read_claims(Project(chapter.root)) if claims is None else claims, evidence)
-    lines = {id(cell): line for line, cell in markdown_cells(chapter)}
+    starts = {id(cell): line for line, cell in (*markdown_cells(chapter), *chapter.code_cells)}
     executed: Iterator[Any] = iter([c for c in outputs.cells if c.cell_type == "code"] if outputs else ())
     setup = ("*A chapter of an executable book. To run it, clone the book's repository, run `make lab` in it, and open "
              f"this notebook or `{chapter.file}` there; the first run sets up all that the cells need.*")  # fmt: skip
     cells = [nbformat.v4.new_markdown_cell(setup)]
     for cell in chapter.notebook.cells:
         if cell.cell_type == "markdown":
-            if text := reader.text(cell.source, lines[id(cell)]):
+            if text := reader.text(cell.source, starts[id(cell)]):
                 cells.append(nbformat.v4.new_markdown_cell(text))
             continue
         new = nbformat.v4.new_code_cell(cell.source)
@@ -351,6 +360,11 @@ def export_notebook(
             new.outputs = [out for out in run.outputs if "scrapbook" not in out.get("metadata", {})]
             new.execution_count = run.execution_count
         cells.append(new)
+        figure = (cell.metadata.get("mystnb") or {}).get("figure") or {}
+        if figure.get("caption"):
+            number = reader.targets.get(figure.get("name", ""), ("", "", "", 0))[3]
+            caption = reader.inline(figure["caption"], starts[id(cell)])
+            cells.append(nbformat.v4.new_markdown_cell(f"**Figure {number}.** {caption}" if number else caption))
     if reader.cited and not reader.faults:
         cells.append(nbformat.v4.new_markdown_cell(reader.references()))
     if reader.faults:

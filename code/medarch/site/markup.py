@@ -31,7 +31,7 @@ class Block:
 
     name: str
     argument: str
-    options: dict[str, str]
+    options: dict[str, Any]
     body: str
     line: int  # of the opening fence in the file, from one
     body_line: int
@@ -61,7 +61,8 @@ def blocks(text: str, line: int = 1) -> Iterator[Block]:
             name, argument, options = "math", "", {"label": argument} if argument else {}
         elif match := re.match(r"\{([^}]+)\}\s*(.*)", token.info.strip()):
             name, argument = match[1], match[2]
-            parsed = parse_directive_text(_AnyDirective, argument, token.content)
+            cell = name == "code-cell"  # whose options are YAML
+            parsed = parse_directive_text(_AnyDirective, argument, token.content, validate_options=not cell)
             options, body = parsed.options, "\n".join(parsed.body)
         body_line = line + start + 1 + len(token.content.splitlines()) - len(body.splitlines())
         yield Block(name, argument, options, body, line + start, body_line, start, end, prefix)
@@ -73,6 +74,25 @@ def walk(text: str, line: int = 1) -> Iterator[Block]:
         yield block
         if block.name not in VERBATIM:
             yield from walk(block.body, block.body_line)
+
+
+def prose(text: str, line: int = 1, nested: bool = True) -> Iterator[tuple[int, str]]:
+    """The lines of ``text`` outside code and mathematics, by number; ``nested`` goes into directives other than solutions."""
+    lines, at = text.splitlines(), 0
+    for block in blocks(text, line):
+        yield from ((line + number, lines[number]) for number in range(at, block.start))
+        at = block.end
+        if nested and block.name not in VERBATIM | {"solution"}:
+            yield from prose(block.body, block.body_line)
+    yield from ((line + number, lines[number]) for number in range(at, len(lines)))
+
+
+def code_cells(chapter: Chapter) -> Iterator[tuple[int, Any]]:
+    """Each code cell with the line of the file on which its code begins, after its options."""
+    lines = chapter.path.read_text("utf8").splitlines()
+    for start, cell in chapter.code_cells:
+        first = (cell.source.splitlines() or [""])[0].strip()
+        yield next((n for n in range(start, len(lines)) if lines[n - 1].strip() == first), start), cell
 
 
 def markdown_cells(chapter: Chapter) -> Iterator[tuple[int, Any]]:
@@ -105,7 +125,7 @@ def exercises(chapter: Chapter) -> dict[str, Exercise]:
             elif block.name == "solution":
                 code = [b.body for b in walk(block.body) if b.name == "" and b.argument.split(" ")[0] in ("python", "py")]
                 found.setdefault(block.argument, Exercise()).solutions.append((block.line, code))
-    for line, cell in chapter.code_cells:
+    for line, cell in code_cells(chapter):
         for name, label in _calls(cell.source):
             if name == "exercise":
                 found.setdefault(label, Exercise()).checkers.append(line)
