@@ -201,7 +201,7 @@ def test_padding_may_hold_anything_and_spoils_no_gradient(generator: torch.Gener
         torch.testing.assert_close(values[2], values[0])
 
 
-def test_padding_is_no_work_for_the_experts(
+def test_neither_padding_nor_an_idle_expert_is_work(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from medarch.moe import experts
@@ -217,6 +217,9 @@ def test_padding_is_no_work_for_the_experts(
     monkeypatch.setattr(experts, "feed_forward", counting)
     layer(randn(13, 7, generator=generator), torch.arange(13) < 3)
     assert sum(rows) == 3 * 2
+    rows.clear()
+    layer(randn(1, 7, generator=generator))
+    assert rows == [1, 1], "an expert without tokens was called"
 
 
 @pytest.mark.parametrize(
