@@ -11,10 +11,15 @@ FIXTURE = Path(__file__).parent / "site" / "fixture"
 collect_ignore = ["site/fixture", "reference"]
 
 
+def _copy(root: Path) -> Path:
+    """Copy the fixture book."""
+    return Path(shutil.copytree(FIXTURE, root))
+
+
 @pytest.fixture
 def fixture_book(tmp_path: Path) -> Path:
     """A fresh copy of the fixture book, without recorded outputs; its root folder."""
-    return Path(shutil.copytree(FIXTURE, tmp_path / "fixture"))
+    return _copy(tmp_path / "fixture")
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +28,7 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medarch.site.execute import Running, run_chapter
     from medarch.site.recorded import record
 
-    root = Path(shutil.copytree(FIXTURE, tmp_path_factory.mktemp("recorded") / "fixture"))
+    root = _copy(tmp_path_factory.mktemp("recorded") / "fixture")
     project = Project(root)
     executed = {name: run_chapter(chapter, Running())[0] for name, chapter in project.chapters.items()}
     assert len(record(project, project.chapters.values(), executed)) == len(executed) == 2

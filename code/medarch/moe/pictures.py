@@ -34,11 +34,11 @@ def draw_layer(axes: Axes, routing: Routing, word: str) -> None:
         weight = chosen.get(expert)
         colour = expert_colour(expert) if weight is not None else EDGE
         label = f"expert {expert}" + ("" if weight is None else f"  × {weight:.2f}")
-        _box(axes, 5.0, height, 2.0, 0.72, label, weight is not None, colour)
+        _box(axes, 4.6, height, 2.8, 0.72, label, weight is not None, colour)
         if weight is None:
-            axes.plot([3.6, 5.0], [middle, height], color=EDGE, lw=0.8, ls=":", marker="", zorder=0)
+            axes.plot([3.6, 4.6], [middle, height], color=EDGE, lw=0.8, ls=":", marker="", zorder=0)
             continue
-        for start, end in (((3.6, middle), (5.0, height)), ((7.0, height), (8.6, middle))):
+        for start, end in (((3.6, middle), (4.6, height)), ((7.4, height), (8.6, middle))):
             axes.plot(*zip(start, end, strict=True), color=colour, lw=1.5 + 4 * weight, marker="", zorder=0)
     _box(axes, -0.4, middle, 1.7, 0.9, word, True, INK)
     _box(axes, 2.2, middle, 1.4, 0.9, "router", True, INK)

@@ -24,6 +24,7 @@ from medarch.site.chapters import Project
 from medarch.site.evidence import evidence_file, read_claims, read_evidence, read_sources, record_values
 
 LOGGER = logging.getLogger(__name__)
+DECK = Path(__file__).parent / "deck"
 IN_PREPARATION = "in preparation"
 SOURCES = {
     "lecture": "Lecture 18: Next-Generation Medical AI",
@@ -238,7 +239,10 @@ def decks(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
                 for output in node.findall(lambda n: isinstance(n, nodes.container) and "cell_output" in n.get("classes", [])):
                     slides[-1][1].append(app.builder.render_partial(output)["fragment"])
         title = app.env.titles[docname].astext()
-        yield f"{docname}-slides", {"title": title, "slides": slides, "chapter": Path(docname).name + ".html"}, "deck.html"
+        context = {"title": title, "slides": slides, "chapter": Path(docname).name + ".html"}
+        if any('class="math' in part for _, parts in slides for part in parts):
+            context |= {"mathematics": app.config.mathjax3_config or {}, "mathjax": f"_static/{app.config.mathjax_path}"}
+        yield f"{docname}-slides", context, "deck.html"
 
 
 def chapter_buttons(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
@@ -260,7 +264,7 @@ def chapter_buttons(app: Sphinx, pagename: str, templatename: str, context: dict
 def reveal_files(app: Sphinx, exception: Exception | None) -> None:
     """Serve reveal.js from the site; its files come with the package sphinx-revealjs."""
     target = Path(app.outdir) / "_static" / "reveal"
-    if exception or app.builder.name != "html" or target.exists():
+    if exception or app.builder.name != "html":
         return
     import importlib.util
 
@@ -268,9 +272,11 @@ def reveal_files(app: Sphinx, exception: Exception | None) -> None:
     if spec is None or spec.origin is None:
         raise RuntimeError("sphinx-revealjs is not installed; run `make book`, which sets up all the book needs")
     source = Path(spec.origin).parent / "_static" / "revealjs" / "dist"
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name in ("reveal.js", "reveal.css", "reset.css"):
         shutil.copy(source / name, target / name)
+    for name in ("deck.css", "deck.js"):
+        shutil.copy(DECK / name, target / name)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -280,6 +286,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     for name, directive in {"claims-table": ClaimsTable, "claims-ledger": ClaimsLedger, "lecture-map": LectureMap,
                             "build-status": BuildStatus, "slide": Slide}.items():  # fmt: skip
         app.add_directive(name, directive)
+    app.connect("config-inited", lambda _, config: config.templates_path.append(str(DECK)))
     app.connect("source-read", note_evidence)
     app.connect("doctree-resolved", drop_deck_only)
     app.connect("html-collect-pages", decks)
