@@ -1,4 +1,5 @@
 // Checks every page of a built site in Chromium: node pages.mjs SITE [--only TEXT] [--no-lighthouse]
+// Accessibility in both themes, links and anchors, requests, console, equations, weight, a phone's width, Lighthouse.
 // One line a finding: page, rule, what is wrong, what to do. Exit code 1 if there is any, 2 if nothing could be checked.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -18,6 +19,8 @@ const AXE_OPTIONS = {
 
 const { site, only, lighthouse: wantLighthouse } = parseArguments(process.argv.slice(2));
 const findings = [];
+const anchors = new Map(); // page -> the ids on it
+const links = []; // [page, address without its fragment, fragment]
 const report = (page, rule, text, remedy) => findings.push(`${page}: ${rule}: ${text}\n    → ${remedy}`);
 
 /** Load one page once and check it in both themes and on a phone. Returns its weight in bytes. */
@@ -55,6 +58,16 @@ async function check(browser, origin, name, landing) {
     const list = heavy.map(([url, n]) => `${url.slice(origin.length + 1)} ${Math.round(n / KB)}`).join(", ");
     report(name, "weight", `${Math.round(weight / KB)} KB over the ${budget / KB} KB that a page may weigh compressed`,
       `the heaviest, in KB: ${list}`);
+  }
+
+  const found = await page.evaluate(() => ({
+    ids: [...document.querySelectorAll("[id], a[name]")].map((element) => element.id || element.name),
+    hrefs: [...document.querySelectorAll("a[href]")].map((link) => link.href),
+  }));
+  anchors.set(name, new Set(found.ids));
+  for (const href of found.hrefs.filter((text) => text.startsWith(origin))) {
+    const { pathname, hash } = new URL(href);
+    links.push([name, decodeURIComponent(pathname), decodeURIComponent(hash.slice(1))]);
   }
 
   await page.evaluate(() => document.querySelectorAll("details").forEach((fold) => (fold.open = true)));
@@ -101,6 +114,19 @@ async function check(browser, origin, name, landing) {
   return weight;
 }
 
+/** Every link into the site must have its file, and its anchor an element there. Returns how many links there are. */
+async function checkLinks(origin) {
+  const exists = new Map();
+  for (const [name, address, anchor] of links) {
+    if (!exists.has(address)) exists.set(address, (await fetch(origin + address, { method: "HEAD" })).ok);
+    const ids = anchors.get(address.slice(1) || first);
+    if (!exists.get(address)) report(name, "broken link", address, "mend its address, or build what it points to");
+    else if (anchor && ids && !ids.has(anchor))
+      report(name, "broken anchor", `${address}#${anchor}`, "no element on that page has this id: mend the label");
+  }
+  return links.length;
+}
+
 /** Lighthouse on its phone profile; a performance short of the mark is measured thrice and the median counts. */
 async function measure(origin, name, port) {
   const { default: lighthouse } = await import("lighthouse");
@@ -137,6 +163,7 @@ try {
     weights.push([name, weight]);
     console.log(`${name}: ${Math.round(weight / KB)} KB before its figures`);
   }
+  console.log(`${await checkLinks(origin)} links into the site followed`);
   if (wantLighthouse) {
     const chapter = weights.filter(([name]) => name !== first).sort((a, b) => b[1] - a[1])[0]?.[0];
     for (const name of new Set([names.includes(first) ? first : names[0], chapter ?? names[0]]))

@@ -12,13 +12,18 @@ const TYPES = {
 };
 const COMPRESSED = new Set([".html", ".css", ".js", ".json", ".svg", ".md", ".txt", ".xml", ".ipynb"]);
 
-/** Serve `root`; returns { url, close }. A path outside `root` or without a file is a 404. */
+/**
+ * Serve `root`; returns { url, close }. A path outside `root` or without a file is a 404. A site built for a folder of
+ * its host (MEDARCH_SITE_URL) is found under that folder too, for that is where its 404 page looks for its styles.
+ */
 export async function serve(root) {
   const base = path.resolve(root);
+  const folder = new URL(process.env.MEDARCH_SITE_URL || "http://host/").pathname.replace(/\/*$/, "/");
   const server = http.createServer((request, response) => {
-    let file = path.join(base, decodeURIComponent(new URL(request.url, "http://host").pathname));
+    const asked = decodeURIComponent(new URL(request.url, "http://host").pathname);
+    let file = path.join(base, asked.startsWith(folder) ? asked.slice(folder.length) : asked);
     if (file.startsWith(base) && existsSync(file) && statSync(file).isDirectory()) file = path.join(file, "index.html");
-    if (!file.startsWith(base + path.sep) || !existsSync(file)) {
+    if (!file.startsWith(base + path.sep) || !existsSync(file) || statSync(file).isDirectory()) {
       response.writeHead(404, { "content-type": "text/plain" }).end("not found");
       return;
     }

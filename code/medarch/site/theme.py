@@ -131,6 +131,8 @@ def mend_page(app: Sphinx, page: str, template: str, context: dict[str, Any], do
     )
     # every exercise and every solution carries the same id
     body = re.sub(r'<section id="(exercise|solution)-content">', "<section>", body)
+    # a label names its input; sphinx-design has it control the panel too
+    body = re.sub(r'<label aria-controls="[^"]*" class="sd-tab-label"', '<label class="sd-tab-label"', body)
     # a paragraph cannot stand in a summary, and the summary's words are its name
     body = re.sub(r"<summary aria-label=[^>]*>", "<summary>", body)
     body = re.sub(r'<p class="(collapsed|expanded) admonition-title">(.*?)</p>', r'<span class="\1">\2</span>', body)
