@@ -1,4 +1,4 @@
-"""Here every call into ``medarch.moe`` has the shapes and types of its annotations checked at run time."""
+"""Here every call into the layer has the shapes and types of its annotations checked at run time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 # Before any test module imports the package: what is imported already stays unchecked.
-jaxtyping.install_import_hook("medarch.moe", "beartype.beartype")
+MODULES = ("accounting", "benchmarks", "config", "dense", "experts", "layer", "mixtral", "reference", "router")
+jaxtyping.install_import_hook([f"medarch.moe.{name}" for name in MODULES], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

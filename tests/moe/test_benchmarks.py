@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from medarch.bench.records import load, record_path
 from medarch.moe import MoEConfig, benchmarks
 
 
@@ -53,3 +54,24 @@ def test_backward_reaches_the_input_and_every_weight() -> None:
         for name in first:
             assert first[name].abs().max() > 0
             torch.testing.assert_close(first[name], second[name])
+
+
+# One thread, as ratios to the dense layer of the active size: tokens, mode, most that the layer may take.
+GOALS = [
+    (512, "forward", 1.3),
+    (512, "forward_backward", 1.3),
+    (4096, "forward", 1.15),
+    (4096, "forward_backward", 1.15),
+]
+
+
+@pytest.mark.parametrize(("tokens", "mode", "most"), GOALS)
+def test_the_committed_record_meets_the_goals(tokens: int, mode: str, most: float) -> None:
+    record = load(record_path("moe/speed"))
+    variants = record.results[f"tokens_{tokens}"][mode]["variants"]
+    ratio = {name: entry["ratio"]["median"] for name, entry in variants.items()}
+    assert record.results["sizes"]["hidden_size"] == 256, "a quick run is no record"
+    assert ratio["moe"] <= most
+    assert ratio["moe"] <= 1.05 * min(ratio["transformers_eager"], ratio["transformers_grouped_mm"])
+    if "loop" in ratio:
+        assert ratio["loop"] >= 8 * ratio["moe"]
