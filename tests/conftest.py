@@ -37,5 +37,5 @@ def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recorded_book(_recorded: Path, tmp_path: Path) -> Path:
-    """A fresh copy of the fixture book with the outputs recorded that its chapters have now; its root folder."""
+    """A fresh copy of the fixture book with its present outputs recorded; its root folder."""
     return Path(shutil.copytree(_recorded, tmp_path / "recorded"))

@@ -42,7 +42,9 @@ def said(capsys: pytest.CaptureFixture[str], label: Any, answer: Any) -> str:
         (None, 3, "not yet: no exercise of that name"),
     ],
 )
-def test_check_answers_in_one_line(capsys: pytest.CaptureFixture[str], label: Any, answer: Any, told: str) -> None:
+def test_check_answers_in_one_line(
+    capsys: pytest.CaptureFixture[str], label: Any, answer: Any, told: str
+) -> None:
     text = said(capsys, label, answer)
     assert text.startswith(told)
     assert text.count("\n") == 1
@@ -53,7 +55,9 @@ def test_a_checker_that_raises_anything_is_survived(capsys: pytest.CaptureFixtur
         def __add__(self, other: int) -> int:
             raise RecursionError("deep")
 
-    assert said(capsys, "moe-count", Hostile()).startswith("not yet: expected int, and this is Hostile (RecursionError: deep)")
+    assert said(capsys, "moe-count", Hostile()).startswith(
+        "not yet: expected int, and this is Hostile (RecursionError: deep)"
+    )
 
 
 def test_the_latest_checker_of_a_label_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,18 +39,29 @@ def test_whole_notebook(fixture_book: Path) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     chapter = Project(fixture_book).chapters["demo/first"]
     assert [cell.source for cell in code] == [cell.source for _, cell in chapter.code_cells]
-    assert "make lab" in notebook.cells[0].source and notebook.cells[1].source.startswith("# What does a die show?")
-    assert "The mean by (1) is 3.5, and the picture" in prose  # equation, value, and no trace of the claim's mark
-    assert r"\frac{n + 1}{2} \tag{1}" in prose and "(Pearson, 1900). Figure 1 is a" in prose
+    assert "make lab" in notebook.cells[0].source
+    assert notebook.cells[1].source.startswith("# What does a die show?")
+    assert (
+        "The mean by (1) is 3.5, and the picture" in prose
+    )  # equation, value, and no trace of the claim's mark
+    assert r"\frac{n + 1}{2} \tag{1}" in prose
+    assert "(Pearson, 1900). Figure 1 is a" in prose
     assert "**Figure 1.** A die. It shows **three**." in prose
-    assert "No throw shows it." in prose and "Throw one now." not in prose
-    assert "> **Note**\n> \n> The sums" in prose and "[the second chapter](second.ipynb)" in prose
+    assert "No throw shows it." in prose
+    assert "Throw one now." not in prose
+    assert "> **Note**\n> \n> The sums" in prose
+    assert "[the second chapter](second.ipynb)" in prose
     assert "### Exercise: The mean of two dice" in prose
-    assert re.search(r"<details>\n<summary>Solution</summary>\n\nEach .*```python\nanswer = 2 .*```\n\n</details>", prose, re.DOTALL)
+    assert re.search(
+        r"<details>\n<summary>Solution</summary>\n\nEach .*```python\nanswer = 2 .*```\n\n</details>",
+        prose,
+        re.DOTALL,
+    )
     assert "| A fair die shows four on average. | corrected | The mean of" in prose
     assert "## References\n\n- Karl Pearson" in notebook.cells[-1].source
     assert not re.search(r"\{[a-z:-]+\}`|```\{|:::|\(first\)=|:label:", prose)
-    assert code[2].metadata.jupyter.source_hidden is True and "jupyter" not in code[0].metadata
+    assert code[2].metadata.jupyter.source_hidden is True
+    assert "jupyter" not in code[0].metadata
 
 
 def test_image_travels_inside(fixture_book: Path) -> None:
@@ -61,7 +72,10 @@ def test_image_travels_inside(fixture_book: Path) -> None:
 
 def test_same_bytes_every_time_and_unchanged_files_are_left(fixture_book: Path, tmp_path: Path) -> None:
     paths = export_all(Project(fixture_book), tmp_path / "out")
-    assert [path.relative_to(tmp_path).as_posix() for path in paths] == ["out/demo/first.ipynb", "out/demo/second.ipynb"]
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+        "out/demo/first.ipynb",
+        "out/demo/second.ipynb",
+    ]
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
     assert export_all(Project(fixture_book), tmp_path / "out") == paths
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in paths] == before
@@ -71,14 +85,18 @@ def test_value_of_the_last_build_or_an_honest_gap(fixture_book: Path) -> None:
     assert "is (run the cell), and" in "".join(cell.source for cell in exported(fixture_book).cells)
     evidence = fixture_book / "_build" / "evidence" / "demo"
     evidence.mkdir(parents=True)
-    (evidence / "first.json").write_text('{"chapter": "demo/first", "claims": {"dice-mean-is-four": 3.456}, "run": {}}', "utf8")
+    (evidence / "first.json").write_text(
+        '{"chapter": "demo/first", "claims": {"dice-mean-is-four": 3.456}, "run": {}}', "utf8"
+    )
     assert "is 3.5, and" in "".join(cell.source for cell in exported(fixture_book).cells)
 
 
 def test_outputs_are_carried_without_glue(fixture_book: Path) -> None:
     run = nbformat.from_dict(Project(fixture_book).chapters["demo/second"].notebook)
     cell = next(cell for cell in run.cells if cell.cell_type == "code")
-    glue = nbformat.v4.new_output("display_data", {"text/plain": "1.0"}, metadata={"scrapbook": {"name": "coin-is-fair"}})
+    glue = nbformat.v4.new_output(
+        "display_data", {"text/plain": "1.0"}, metadata={"scrapbook": {"name": "coin-is-fair"}}
+    )
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="one bit\n"), glue]
     cell.execution_count = 1
     notebook = exported(fixture_book, "demo/second", outputs=run)
@@ -118,8 +136,14 @@ def test_myst_becomes_plain_markdown(fixture_book: Path, markdown: str, plain: s
 
 
 def test_included_source_is_the_real_one(fixture_book: Path) -> None:
-    (fixture_book / "code.py").write_text("import os\n\n\nclass A:\n    @property\n    def b(self):\n        return os  # why\n\n    c = 1\n", "utf8")
-    text = shown(fixture_book, "```{literalinclude} ../../code.py\n:pyobject: A.b\n```\n\n```{literalinclude} /code.py\n```")
+    (fixture_book / "code.py").write_text(
+        "import os\n\n\nclass A:\n    @property\n    def b(self):\n        return os  # why\n\n    c = 1\n",
+        "utf8",
+    )
+    text = shown(
+        fixture_book,
+        "```{literalinclude} ../../code.py\n:pyobject: A.b\n```\n\n```{literalinclude} /code.py\n```",
+    )
     method = "```python\n@property\ndef b(self):\n    return os  # why\n```"
     assert text == f"{method}\n\n```python\n{(fixture_book / 'code.py').read_text('utf8')}```"
 
@@ -127,7 +151,12 @@ def test_included_source_is_the_real_one(fixture_book: Path) -> None:
 def test_caption_of_a_drawn_figure_is_kept_and_numbered(fixture_book: Path) -> None:
     page = fixture_book / "book" / "demo" / "first.md"
     options = "mystnb:\n  figure:\n    name: sums\n    caption: Sums by {eq}`mean`.\n  image:"
-    page.write_text(page.read_text("utf8").replace("mystnb:\n  image:", options).replace("the picture shows", "{numref}`sums` shows"), "utf8")
+    page.write_text(
+        page.read_text("utf8")
+        .replace("mystnb:\n  image:", options)
+        .replace("the picture shows", "{numref}`sums` shows"),
+        "utf8",
+    )
     prose = [cell.source for cell in exported(fixture_book).cells]
     assert "**Figure 2.** Sums by (1)." in prose
     assert any("Figure 2 shows how often" in source for source in prose)
@@ -136,16 +165,22 @@ def test_caption_of_a_drawn_figure_is_kept_and_numbered(fixture_book: Path) -> N
 @pytest.mark.parametrize(
     ("markdown", "told"),
     [
-        ("{reff}`first`", r"book/demo/first.md:21: unknown role \{reff\}\n    -> use one of .*nearest: ref"),
-        ("```{notes}\nx\n```", r"book/demo/first.md:21: unknown directive \{notes\}\n    -> use one of .*nearest: note"),
+        (
+            "{reff}`first`",
+            r"book/demo/first.md:21: there is no role 'reff'\n    -> use one of .*nearest: ref",
+        ),
+        (
+            "```{notes}\nx\n```",
+            r"book/demo/first.md:21: there is no directive 'notes'\n    -> use one of .*nearest: note",
+        ),
         ("```{note}\n\nx\n\n{eq}`nowhere`\n```", r"book/demo/first.md:25: there is no label 'nowhere'"),
-        ("{doc}`third`", "the page 'demo/third' is not in the book"),
-        ("{cite:p}`nobody2020`", "no entry 'nobody2020'"),
-        ("![x](missing.png)", "the image 'missing.png' does not exist"),
-        ("```{literalinclude} missing.py\n```", "the included file 'missing.py' does not exist"),
+        ("{doc}`third`", "there is no page 'demo/third'"),
+        ("{cite:p}`nobody2020`", "there is no entry in references.bib 'nobody2020'"),
+        ("![x](missing.png)", "the file 'missing.png' does not exist"),
+        ("```{literalinclude} missing.py\n```", "the file 'missing.py' does not exist"),
         ("```{literalinclude} second.md\n:start-after: x\n```", "literalinclude: start-after"),
         ("{proved}`dice`", "no claim 'dice'"),
-        ("[](#nowhere)", "the link to '#nowhere' says nothing"),
+        ("[](#nowhere)", "there is no label 'nowhere'"),
     ],
 )
 def test_what_cannot_be_resolved_is_a_fault(fixture_book: Path, markdown: str, told: str) -> None:

@@ -42,14 +42,14 @@ PROSE = "One throw of a die says little"
     [
         (CODE, "len(faces);", 0, "the cell ends with a semicolon"),
         (CODE, "\n".join(["len(faces)"] * 40), -4, "the cell has 44 lines"),
-        (CODE, "import torch\ntorch.manual_seed(0)", 1, "torch.manual_seed seeds the global generator"),
-        (CODE, "import torch as t\nt.randn(3)", 1, "torch.randn draws from the global generator"),
-        (CODE, "from torch import rand\nrand(3)", 1, "torch.rand draws from the global generator"),
-        (CODE, "faces.normal_()", 0, "faces.normal_ draws from the global generator"),
-        (CODE, "import numpy as np\nnp.random.seed(1)", 1, "numpy.random.seed seeds the global generator"),
-        (CODE, "import numpy as np\nnp.random.rand(1)", 1, "numpy.random.rand draws from the global generator"),
-        (CODE, "import numpy as np\nnp.random.default_rng()", 1, "numpy.random.default_rng makes a generator without a seed"),
-        (CODE, "import random\nrandom.shuffle(faces)", 1, "random.shuffle draws from the global generator"),
+        (CODE, "import torch\ntorch.manual_seed(0)", 1, "torch.manual_seed uses the global generator"),
+        (CODE, "import torch as t\nt.randn(3)", 1, "torch.randn uses the global generator"),
+        (CODE, "from torch import rand\nrand(3)", 1, "torch.rand uses the global generator"),
+        (CODE, "faces.normal_()", 0, "faces.normal_ uses the global generator"),
+        (CODE, "import numpy as np\nnp.random.seed(1)", 1, "numpy.random.seed uses the global generator"),
+        (CODE, "import numpy as np\nnp.random.rand(1)", 1, "numpy.random.rand uses the global generator"),
+        (CODE, "import numpy as np\nnp.random.default_rng()", 1, "numpy.random.default_rng has no seed"),
+        (CODE, "import random\nrandom.shuffle(faces)", 1, "random.shuffle uses the global generator"),
         (CODE, "import time\nprint(time.perf_counter())", 1, "time.perf_counter reads the clock"),
         (CODE, "from datetime import datetime\ndatetime.now()", 1, "datetime.datetime.now reads the clock"),
         (CODE, "import warnings\nwarnings.filterwarnings('ignore')", 1, "warnings.filterwarnings silences every warning"),
@@ -64,20 +64,20 @@ PROSE = "One throw of a die says little"
         (":alt: A die that shows three.\n", "", -2, "the image ../_static/die.svg has no alternative text"),
         (PROSE, "![](../_static/die.svg) One", 0, "the image ../_static/die.svg has no alternative text"),
         (PROSE, "![A die](https://example.org/die.png) One", 0, "comes from elsewhere"),
-        (PROSE, "![A die](../_static/dice.svg) One", 0, "the image '../_static/dice.svg' does not exist"),
+        (PROSE, "![A die](../_static/dice.svg) One", 0, "the file '../_static/dice.svg' does not exist"),
         (PROSE, "One \U0001f3b2", 0, "emoji '\U0001f3b2'"),
-        (PROSE, "One {claim}`dice-mean`", 0, "book/claims.yml has no claim 'dice-mean'"),
-        (PROSE, "One {proved}`dice:.1f`", 0, "book/claims.yml has no claim 'dice'"),
+        (PROSE, "One {claim}`dice-mean`", 0, "there is no claim 'dice-mean'"),
+        (PROSE, "One {proved}`dice:.1f`", 0, "there is no claim 'dice'"),
         (PROSE, "{claim}`dice-mean-is-four` " * 3, 36, "4 claims are discussed inline"),
-        (PROSE, "One {emph}`throw`", 0, "unknown role {emph}"),
-        (PROSE, "One {cite:t}`pearson1901`", 0, "book/references.bib has no entry 'pearson1901'"),
-        (PROSE, "One {ref}`frist`", 0, "there is no label 'frist' in the book"),
-        (PROSE, "One [page](third.md)", 0, "the page 'demo/third' is not in the book"),
-        ("```{note}", "```{notice}", 0, "unknown directive {notice}"),
+        (PROSE, "One {emph}`throw`", 0, "there is no role 'emph'"),
+        (PROSE, "One {cite:t}`pearson1901`", 0, "there is no entry in references.bib 'pearson1901'"),
+        (PROSE, "One {ref}`frist`", 0, "there is no label 'frist'"),
+        (PROSE, "One [page](third.md)", 0, "there is no page 'demo/third'"),
+        ("```{note}", "```{notice}", 0, "there is no directive 'notice'"),
         ("## Exercises", "### Exercises", 0, "the heading jumps from level 1 to 3"),
         ("## Exercises", "# Exercises", 0, "the page has a second title"),
         ("covers: [dice-slide]", "covers: [dice-side]", 0, "book/sources.yml has no section 'dice-side'"),
-        (":class: predict", ":class: guess", -2, "exercise 'dice-two' is of class 'guess'"),
+        (":class: predict", ":class: guess", -2, "exercise 'dice-two' has no known class"),
         ('@exercise("dice-two")\n', "", -8, "exercise 'dice-two' has 0 of its checker"),
         (":tags: [exercise]\n", "", -14, "exercise 'dice-two' has 0 of its starter"),
         ("```python\nanswer = 2", "```\nanswer = 2", -4, "the solution of 'dice-two' has 0 Python blocks"),
@@ -120,5 +120,7 @@ def test_duplicate_label_across_pages(fixture_book: Path) -> None:
 @pytest.mark.parametrize(("words", "good"), [(1100, False), (1200, True), (2300, True), (2600, False)])
 def test_length_of_a_page(fixture_book: Path, words: int, good: bool) -> None:
     plant(fixture_book, PROSE, PROSE + " and" * words)
-    told = [fault.message for fault in lint(Project(fixture_book), ["demo/first"]) if "words" in fault.message]
+    told = [
+        fault.message for fault in lint(Project(fixture_book), ["demo/first"]) if "words" in fault.message
+    ]
     assert (told == []) is good

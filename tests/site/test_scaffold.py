@@ -19,11 +19,15 @@ from medarch.site.scaffold import new_chapter
 def test_new_chapter_runs_exports_and_lacks_only_words_and_exercises(fixture_book: Path) -> None:
     path = new_chapter(Project(fixture_book), "demo/third-2.4.1", 'The "third" chapter')
     project = Project(fixture_book)
-    assert project.toc[-1] == "demo/third-2.4.1" and path == project.page("demo/third-2.4.1")
+    assert project.toc[-1] == "demo/third-2.4.1"
+    assert path == project.page("demo/third-2.4.1")
     chapter = project.chapters["demo/third-2.4.1"]
     executed, _ = run_chapter(chapter, Running())
-    printed = "".join(out.get("text", "") for cell in executed.cells if cell.cell_type == "code" for out in cell.outputs)
-    assert "numbers in the example: 3" in printed and "not yet: add the numbers" in printed
+    printed = "".join(
+        out.get("text", "") for cell in executed.cells if cell.cell_type == "code" for out in cell.outputs
+    )
+    assert "numbers in the example: 3" in printed
+    assert "not yet: add the numbers" in printed
     nbformat.validate(export_notebook(chapter))
     assert list(exercises(chapter)) == ["demo-third-2-4-1-predict"]
     remaining = [fault.message for fault in lint(project, ["demo/third-2.4.1"])]
@@ -32,13 +36,22 @@ def test_new_chapter_runs_exports_and_lacks_only_words_and_exercises(fixture_boo
 
 def test_table_of_contents_keeps_its_comments_and_order(fixture_book: Path) -> None:
     toc = fixture_book / "_toc.yml"
-    text = toc.read_text("utf8").replace("- file: book/demo/first", "- file: book/demo/first  # the beginning")
+    text = toc.read_text("utf8").replace(
+        "- file: book/demo/first", "- file: book/demo/first  # the beginning"
+    )
     toc.write_text(text + "  - caption: Reference\n    chapters:\n", "utf8")
     toc.write_text(toc.read_text("utf8") + "      - file: book/claims\n", "utf8")
     (fixture_book / "book" / "claims.md").write_text("# Claims\n", "utf8")
     new_chapter(Project(fixture_book), "demo/third", "Third")
     new_chapter(Project(fixture_book), "cards/first", "Cards")
-    assert Project(fixture_book).toc == ["index", "demo/first", "demo/second", "demo/third", "cards/first", "claims"]
+    assert Project(fixture_book).toc == [
+        "index",
+        "demo/first",
+        "demo/second",
+        "demo/third",
+        "cards/first",
+        "claims",
+    ]
     assert "# the beginning" in toc.read_text("utf8")
     captions = [part["caption"] for part in yaml.safe_load(toc.read_text("utf8"))["parts"]]
     assert captions == ["Demonstration", "Cards", "Reference"]

@@ -1,7 +1,8 @@
-"""Exercises whose answers the page checks: the starter says "not yet", the solution says "correct", and neither raises.
+"""Exercises whose answers the page checks: a starter says "not yet", its solution "correct", and neither raises.
 
-An exercise is four things of one label: the text (``{exercise}``), a checker in a hidden cell, a starter cell tagged
-``exercise`` that calls :func:`check`, and a folded ``{solution}`` with one Python block that can stand in for the starter.
+An exercise is four things of one label: the text (``{exercise}``), a checker in a hidden cell, a starter cell
+tagged ``exercise`` that calls :func:`check`, and a folded ``{solution}`` with one Python block that can stand in
+for the starter.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _CHECKERS: dict[str, Checker] = {}
 def exercise(label: str) -> Callable[[Checker], Checker]:
     """Make the decorated function the checker of an exercise.
 
-    The function takes the reader's answer and returns a hint, or ``None`` where the answer is right. Annotate its argument:
-    the type is what a reader is told to supply when the answer is of a kind that the checker cannot even look at.
+    The function takes the reader's answer and returns a hint, or ``None`` where the answer is right. Annotate its
+    argument: the type is what a reader is told to supply when the checker cannot even look at the answer.
     """
 
     def register(checker: Checker) -> Checker:
@@ -30,7 +31,7 @@ def exercise(label: str) -> Callable[[Checker], Checker]:
 
 
 def check(label: str, answer: Any) -> None:
-    """Print ``correct: <label>`` or ``not yet: <hint>``; never raises, so that a notebook always runs to its end."""
+    """Print ``correct: <label>`` or ``not yet: <hint>``; never raises, so that a notebook runs to its end."""
     hint = _hint(label, answer)
     print(f"correct: {label}" if hint is None else f"not yet: {hint}")
 
@@ -44,11 +45,18 @@ def _hint(label: str, answer: Any) -> str | None:
         hint = checker(answer)
     except Exception as error:
         wanted = next(iter(inspect.signature(checker).parameters.values())).annotation
-        kind = f"expected {_name(wanted)}" if wanted is not inspect.Parameter.empty else "expected another kind of answer"
-        return f"{kind}, and this is {_name(type(answer))} ({type(error).__name__}: {' '.join(str(error).split())})"
+        kind = (
+            f"expected {_name(wanted)}"
+            if wanted is not inspect.Parameter.empty
+            else "expected another kind of answer"
+        )
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{kind}, and this is {_name(type(answer))} ({told})"
     if hint is None or isinstance(hint, str):
         return hint
-    return f"the checker of {label} returned {_name(type(hint))}; it must return a hint, or None where the answer is right"
+    return (
+        f"the checker of {label} returned {_name(type(hint))}; it must return a hint, or None if all is right"
+    )
 
 
 def _name(kind: Any) -> str:

@@ -1,4 +1,4 @@
-"""MyST markdown cut into prose, fences and directives, by the parser that the site itself uses; and a chapter's exercises."""
+"""MyST markdown cut into prose, code and directives, by the site's own parser; and a chapter's exercises."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from medarch.site.chapters import Chapter
 VERBATIM = {"", "code-cell", "code-block", "code", "math", "literalinclude", "list-table"}
 
 
-class _AnyDirective(TestDirective):  # type: ignore[misc]  # the one class whose options MyST takes as they come
+class _AnyDirective(TestDirective):  # the one class whose options MyST takes as they come
     final_argument_whitespace = True
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fence or directive: its name ("" for plain code), what it holds, and the lines of the text that it replaces."""
+    """A fence or directive: its name ("" for plain code), what it holds, and which lines of the text it is."""
 
     name: str
     argument: str
@@ -43,19 +43,28 @@ class Block:
 @cache
 def _parser() -> MarkdownIt:
     extensions = {"amsmath", "colon_fence", "deflist", "dollarmath"}
-    return create_md_parser(MdParserConfig(enable_extensions=extensions, disable_syntax=["inline"]), RendererHTML)
+    return create_md_parser(
+        MdParserConfig(enable_extensions=extensions, disable_syntax=["inline"]), RendererHTML
+    )
 
 
 def blocks(text: str, line: int = 1) -> Iterator[Block]:
     """The outermost fences and directives of ``text``, whose first line is ``line`` of the file."""
     lines = text.splitlines()
     for token in _parser().parse(text + "\n"):
-        if token.map is None or token.type not in ("fence", "colon_fence", "code_block", "math_block", "math_block_label", "amsmath"):
+        if token.map is None or token.type not in (
+            "fence",
+            "colon_fence",
+            "code_block",
+            "math_block",
+            "math_block_label",
+            "amsmath",
+        ):
             continue
         start, end = token.map
         while token.type == "code_block" and end > start + 1 and not lines[end - 1].strip():
             end -= 1
-        prefix = re.match(r"[\s>]*(?:[-*+]\s+|\d+[.)]\s+)?", lines[start])[0]  # type: ignore[index]  # matches always
+        prefix = re.findall(r"^[\s>]*(?:[-*+]\s+|\d+[.)]\s+)?", lines[start])[0]
         name, argument, options, body = "", token.info.strip(), {}, token.content
         if token.type.startswith("math_block"):
             name, argument, options = "math", "", {"label": argument} if argument else {}
@@ -77,7 +86,7 @@ def walk(text: str, line: int = 1) -> Iterator[Block]:
 
 
 def prose(text: str, line: int = 1, nested: bool = True) -> Iterator[tuple[int, str]]:
-    """The lines of ``text`` outside code and mathematics, by number; ``nested`` goes into directives other than solutions."""
+    """The lines outside code and mathematics, by number; ``nested`` enters directives other than solutions."""
     lines, at = text.splitlines(), 0
     for block in blocks(text, line):
         yield from ((line + number, lines[number]) for number in range(at, block.start))
@@ -123,7 +132,11 @@ def exercises(chapter: Chapter) -> dict[str, Exercise]:
             if block.name == "exercise":
                 found.setdefault(block.options.get("label", ""), Exercise()).texts.append((block.line, block))
             elif block.name == "solution":
-                code = [b.body for b in walk(block.body) if b.name == "" and b.argument.split(" ")[0] in ("python", "py")]
+                code = [
+                    b.body
+                    for b in walk(block.body)
+                    if b.name == "" and b.argument.split(" ")[0] in ("python", "py")
+                ]
                 found.setdefault(block.argument, Exercise()).solutions.append((block.line, code))
     for line, cell in code_cells(chapter):
         for name, label in _calls(cell.source):

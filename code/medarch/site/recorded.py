@@ -1,8 +1,9 @@
-"""``pytest --nbval book``: each chapter re-executed, as its readers' notebook, against the outputs recorded for it.
+"""``pytest --nbval book``: each chapter executed anew, as its readers' notebook, against its recorded outputs.
 
-A pytest plugin over nbval. One execution serves three checks: the checked cells print what ``tests/reference`` holds, the
-exported notebook runs, and each exercise's starter says "not yet" and its solution "correct". What would compare nothing (a
-missing, stale or empty record, a run without a comparison) is an error, for nbval alone passes all of these.
+A pytest plugin over nbval. One execution serves three checks: the checked cells print what ``tests/reference``
+holds, the exported notebook runs, and each exercise's starter says "not yet" and its solution "correct". What
+would compare nothing (a missing, stale or empty record, a run without a comparison) is an error, for nbval alone
+passes all of these.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def reference(project: Project, name: str) -> Path:
 
 
 def comparable(outputs: Iterable[Any]) -> list[NotebookNode]:
-    """What of a cell's outputs is compared: streams, the text of displays and errors, that there is an image; no glue."""
+    """What of a cell's outputs is compared: streams, text of displays and errors, that images are; no glue."""
     kept = []
     for output in coalesce_streams([nbformat.from_dict(dict(output)) for output in outputs]):
         if output.output_type == "stream":
@@ -52,12 +53,14 @@ def says(outputs: Iterable[Any]) -> bool:
 
 
 def recorded(chapter: Chapter, executed: NotebookNode) -> NotebookNode:
-    """The small notebook that stands for a run: all code, and the comparable outputs of the cells that are checked."""
+    """The small notebook that stands for a run: all code, and the comparable outputs of checked cells."""
     runs = [cell for cell in executed.cells if cell.cell_type == "code"]
     cells = []
     for number, ((_, cell), run) in enumerate(zip(chapter.code_cells, runs, strict=True)):
         tags = list(cell.metadata.get("tags", []))
-        kept = nbformat.v4.new_code_cell(cell.source, id=f"cell-{number}", metadata={"tags": tags} if tags else {})
+        kept = nbformat.v4.new_code_cell(
+            cell.source, id=f"cell-{number}", metadata={"tags": tags} if tags else {}
+        )
         options = dict(find_metadata_tags(cell.metadata))
         if options.get("check", True) and not options.get("skip"):
             kept.update(outputs=comparable(run.outputs), execution_count=1)
@@ -67,7 +70,7 @@ def recorded(chapter: Chapter, executed: NotebookNode) -> NotebookNode:
 
 
 def record(project: Project, chapters: Iterable[Chapter], executed: Mapping[str, NotebookNode]) -> list[Path]:
-    """Write the recorded notebooks of executed chapters, and return those that changed; review them with ``git diff``."""
+    """Write the recorded notebooks of executed chapters, and return those that changed, for review."""
     changed = []
     for chapter in chapters:
         path = reference(project, chapter.name)
@@ -83,10 +86,9 @@ class Kernel(RunningKernel):
     def __init__(self, root: Path, folder: Path, timeout: float):
         environment = {**os.environ, **THREADS, "PYTHONHASHSEED": "0", "MEDARCH_ROOT": str(root)}
         environment.pop("MPLBACKEND", None)
-        self.km, self.kc = start_new_kernel(
-            timeout, CURRENT_ENV_KERNEL_NAME, cwd=str(folder), env=environment,
-            extra_arguments=["--log-level=ERROR"], stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        start = {"cwd": str(folder), "env": environment, "stderr": subprocess.DEVNULL}
+        start["extra_arguments"] = ["--log-level=ERROR"]
+        self.km, self.kc = start_new_kernel(timeout, CURRENT_ENV_KERNEL_NAME, **start)
         self._ensure_iopub_up()
 
 
@@ -101,17 +103,17 @@ class ChapterCell(IPyNbCell):
         return bool(super().compare_outputs(comparable(test), ref, skip_compare))
 
     def repr_failure(self, excinfo: Any) -> str:
-        where = f"{self.path}:{self.line}"
         if isinstance(excinfo.value, BookError):
             return str(excinfo.value)
-        return f"{where}: {super().repr_failure(excinfo)}\n    -> mend the cell; if the change is meant, `medarch record {self.parent.name_}`"
+        remedy = f"mend the cell; if the change is meant, `medarch record {self.parent.chapter}`"
+        return f"{self.path}:{self.line}: {super().repr_failure(excinfo)}\n    -> {remedy}"
 
     def reportinfo(self) -> tuple[Path, int, str]:
         return self.path, self.line - 1, self.name
 
 
 class ExerciseCell(ChapterCell):
-    """A starter or a solution, in a copy of the chapter's namespace; what it prints must begin as it should."""
+    """A starter or a solution, in a copy of the chapter's namespace; its verdicts must be as they should."""
 
     wanted = ""
 
@@ -119,8 +121,8 @@ class ExerciseCell(ChapterCell):
         printed = "".join(output.get("text", "") for output in test).strip()
         verdicts = [line for line in printed.splitlines() if line.startswith(("not yet: ", "correct: "))]
         if not verdicts or not all(line.startswith(self.wanted) for line in verdicts):
-            raise BookError(Fault(str(self.path), self.line, f"{self.name} printed {printed!r} and should say {self.wanted!r}",
-                                  "mend the exercise's checker, starter or solution"))  # fmt: skip
+            told = f"{self.name} printed {printed!r} and should say {self.wanted!r}"
+            raise BookError(Fault(str(self.path), self.line, told, "mend its checker, starter or solution"))
         return True
 
 
@@ -129,7 +131,7 @@ class ChapterFile(IPyNbFile):
 
     def collect(self) -> Iterator[IPyNbCell]:
         project = Project(self.config.rootpath)
-        self.name_ = name = self.path.relative_to(project.book).with_suffix("").as_posix()
+        self.chapter = name = self.path.relative_to(project.book).with_suffix("").as_posix()
         try:
             chapter = read_chapter(project.root, name, self.path) if name in project.toc else None
             if chapter is None:
@@ -141,14 +143,20 @@ class ChapterFile(IPyNbFile):
     def _cells(self, chapter: Chapter, stored: NotebookNode) -> Iterator[IPyNbCell]:
         exported = [cell for cell in export_notebook(chapter).cells if cell.cell_type == "code"]
         found = []
-        for number, ((line, _), cell, kept) in enumerate(zip(chapter.code_cells, exported, stored.cells, strict=True)):
+        for number, ((line, _), cell, kept) in enumerate(
+            zip(chapter.code_cells, exported, stored.cells, strict=True)
+        ):
             cell.update(outputs=kept.outputs, execution_count=kept.execution_count)
             options = defaultdict(bool, find_metadata_tags(cell.metadata))
             options.setdefault("check", self.compare_outputs)
-            found.append(self._cell(ChapterCell, f"cell {number + 1} (line {line})", number, cell, options, line))
+            found.append(
+                self._cell(ChapterCell, f"cell {number + 1} (line {line})", number, cell, options, line)
+            )
         if not any(item.options["check"] and says(item.cell.outputs) for item in found):
-            raise BookError(Fault(chapter.file, 1, "no cell of the chapter is compared with its record" + (" under --nbval-lax" if not self.compare_outputs else ""),
-                                  "let a checked cell print what must not drift (for --nbval-lax one tagged nbval-check-output), then `medarch record`"))  # fmt: skip
+            lax = "" if self.compare_outputs else " (--nbval-lax compares those tagged nbval-check-output)"
+            told = f"no cell of the chapter is compared with its record{lax}"
+            remedy = "let a checked cell print what must not drift, then `medarch record`"
+            raise BookError(Fault(chapter.file, 1, told, remedy))
         yield from found
         for label, parts in exercises(chapter).items():
             pieces = [(line, "starter", source) for line, source in parts.starters]
@@ -156,23 +164,32 @@ class ChapterFile(IPyNbFile):
             for line, kind, source in pieces:
                 code = f"exec(compile({source!r}, {f'<{kind} of {label}>'!r}, 'exec'), dict(globals()))"
                 cell = nbformat.v4.new_code_cell(code, execution_count=1)
-                item = self._cell(ExerciseCell, f"{kind} of {label}", len(found), cell, defaultdict(bool, check=True), line)
+                item = self._cell(
+                    ExerciseCell, f"{kind} of {label}", len(found), cell, defaultdict(bool, check=True), line
+                )
                 item.wanted = "not yet" if kind == "starter" else "correct"
                 yield item
 
-    def _cell(self, kind: type[ChapterCell], name: str, number: int, cell: NotebookNode, options: Any, line: int) -> Any:
+    def _cell(
+        self, kind: type[ChapterCell], name: str, number: int, cell: NotebookNode, options: Any, line: int
+    ) -> Any:
         item = kind.from_parent(self, name=name, cell_num=number, cell=cell, options=options)
         item.line = line
         return item
 
     def setup(self) -> None:
-        self.kernel = Kernel(self.config.rootpath, self.path.parent, self.config.option.nbval_kernel_startup_timeout)
+        self.kernel = Kernel(
+            self.config.rootpath, self.path.parent, self.config.option.nbval_kernel_startup_timeout
+        )
         self.setup_sanitize_files()
 
 
 def load_recorded(project: Project, chapter: Chapter) -> NotebookNode:
     """A chapter's recorded notebook, if it is there and belongs to the chapter as it stands."""
-    path, remedy = reference(project, chapter.name), f"run `medarch record {chapter.name}` and review the diff"
+    path, remedy = (
+        reference(project, chapter.name),
+        f"run `medarch record {chapter.name}` and review the diff",
+    )
     file = path.relative_to(project.root).as_posix()
     if not path.is_file():
         raise BookError(Fault(file, 1, f"{chapter.file} has no recorded outputs", remedy))
@@ -184,9 +201,13 @@ def load_recorded(project: Project, chapter: Chapter) -> NotebookNode:
     ours = [(line, (cell.source, cell.metadata.get("tags", []))) for line, cell in chapter.code_cells]
     for (line, cell), kept in zip(ours, theirs, strict=False):
         if cell != kept:
-            raise BookError(Fault(chapter.file, line, f"the cell differs from the one recorded in {file}", remedy))
+            raise BookError(
+                Fault(chapter.file, line, f"the cell differs from the one recorded in {file}", remedy)
+            )
     if len(ours) != len(theirs):
-        raise BookError(Fault(chapter.file, 1, f"{len(ours)} code cells, but {file} records {len(theirs)}", remedy))
+        raise BookError(
+            Fault(chapter.file, 1, f"{len(ours)} code cells, but {file} records {len(theirs)}", remedy)
+        )
     return stored
 
 
@@ -194,7 +215,11 @@ def pytest_collect_file(file_path: Path, parent: Any) -> ChapterFile | None:
     """Chapters are the markdown files below ``book/`` of pytest's root folder."""
     option = parent.config.option
     inside = file_path.suffix == ".md" and file_path.is_relative_to(parent.config.rootpath / "book")
-    return ChapterFile.from_parent(parent, path=file_path) if inside and (option.nbval or option.nbval_lax) else None
+    return (
+        ChapterFile.from_parent(parent, path=file_path)
+        if inside and (option.nbval or option.nbval_lax)
+        else None
+    )
 
 
 class _Tally:

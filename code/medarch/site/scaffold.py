@@ -1,4 +1,4 @@
-"""A new chapter that builds at once: front matter, one cell, one exercise, and its line in the table of contents."""
+"""A new chapter that builds at once: front matter, a cell, an exercise, its line in the table of contents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from medarch.site.chapters import BookError, Fault, Project
 from medarch.site.execute import write_if_changed
 
-PAGE = '''---
+PAGE = """---
 jupytext:
   text_representation:
     extension: .md
@@ -65,30 +65,39 @@ answer = sum(example)
 check("LABEL-predict", answer)
 ```
 ````
-'''
+"""
 
 
 def new_chapter(project: Project, name: str, title: str) -> Path:
     """Write ``book/<name>.md`` and list it after its folder's other pages in ``_toc.yml``.
 
     Raises:
-        BookError: for a name that is not ``topic/chapter`` in small letters, a page that exists, or an empty title.
+        BookError: for a name that is not ``topic/chapter`` in small letters, an existing page, an empty title.
     """
     path, toc = project.page(name), project.root / "_toc.yml"
     title = " ".join(title.replace('"', "'").split())
     if not re.fullmatch(r"[a-z][a-z0-9-]*/[a-z0-9][a-z0-9.-]*", name) or name.endswith(".md"):
-        raise BookError(Fault("_toc.yml", 1, f"{name!r} is no name of a chapter", "write topic/chapter, such as moe/routing"))
+        raise BookError(
+            Fault(
+                "_toc.yml", 1, f"{name!r} is no name of a chapter", "write topic/chapter, such as moe/routing"
+            )
+        )
     if path.exists() or name in project.toc:
-        raise BookError(Fault(f"book/{name}.md", 1, "the page exists already", "edit it, or choose another name"))
+        raise BookError(
+            Fault(f"book/{name}.md", 1, "the page exists already", "edit it, or choose another name")
+        )
     if not title:
         raise BookError(Fault(f"book/{name}.md", 1, "the title is empty", "give the chapter a title"))
     folder, lines = name.split("/")[0], toc.read_text("utf8").splitlines()
     entry = f"      - file: book/{name}"
     kin = [number for number, line in enumerate(lines) if re.match(rf"\s*- file: book/{folder}/", line)]
     if kin:
-        lines.insert(kin[-1] + 1, re.match(r"\s*", lines[kin[-1]])[0] + entry.lstrip())  # type: ignore[index]  # always matches
+        indent = lines[kin[-1]].partition("-")[0]
+        lines.insert(kin[-1] + 1, indent + entry.lstrip())
     else:  # a part of its own, before the reference
-        reference = next((n for n, line in enumerate(lines) if line.strip() == "- caption: Reference"), len(lines))
+        reference = next(
+            (n for n, line in enumerate(lines) if line.strip() == "- caption: Reference"), len(lines)
+        )
         lines[reference:reference] = [f"  - caption: {folder.capitalize()}", "    chapters:", entry]
     write_if_changed(path, PAGE.replace("TITLE", title).replace("LABEL", re.sub(r"[^a-z0-9]+", "-", name)))
     write_if_changed(toc, "\n".join(lines) + "\n")
