@@ -10,6 +10,8 @@ PORT ?= 8000
 DEVICE ?= cpu
 BIN := .venv/bin
 JOBS ?= auto
+# Compiled modules are kept: without them every process would compile its imports anew, which costs seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## show these targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18

@@ -94,18 +94,17 @@ class MarkdownDirective(SphinxDirective):
         self.state.nested_parse(StringList(text.splitlines(), source=f"<{self.name}>"), 0, parent)
         return parent.children
 
-    def entry(self, claim: Claim, prefix: str) -> nodes.Node:
-        """One claim with its verdict and what it rests on."""
-        verdict = claim.verdict or IN_PREPARATION
-        written = claim.chapter in _project(self.env).chapters
-        badge = f'<span class="verdict verdict-{(verdict if written else "preparation").replace(" ", "-")}">{verdict if written else IN_PREPARATION}</span>'
-        lines = [f"{claim.claim} {badge}", ""]
-        if written and claim.correction:
-            lines += [claim.correction.strip(), ""]
-        if written:
-            lines += [f"*{self.rests_on(claim)}*", ""]
-        box = nodes.container("", *self.parse("\n".join(lines)), classes=["claim"], ids=[f"{prefix}-{claim.id}"])
-        return nodes.list_item("", box)
+    def table(self, claims: list[Claim], prefix: str) -> list[nodes.Node]:
+        """Claims with their verdicts and what these rest on; each row can be linked to as ``prefix-id``."""
+        lines = ["```{list-table}", ":header-rows: 1", ":class: claims-table", ":widths: 42 13 45", ""]
+        lines += ["* - The claim", "  - Verdict", "  - What is so, and how we know"]
+        for claim in claims:
+            written = claim.chapter in _project(self.env).chapters
+            verdict = (claim.verdict if written else None) or IN_PREPARATION
+            badge = f"[{verdict}]{{.verdict .verdict-{'preparation' if verdict == IN_PREPARATION else verdict}}}"
+            found = f"{(claim.correction or '').strip()} *{self.rests_on(claim)}*" if written else f"Planned for {claim.chapter}."
+            lines += [f"* - [{claim.claim}]{{#{prefix}-{claim.id}}}", f"  - {badge}", f"  - {' '.join(found.split())}"]
+        return self.parse("\n".join([*lines, "```"])) if claims else []
 
     def rests_on(self, claim: Claim) -> str:
         """What a claim's verdict rests on, in a sentence."""
@@ -129,7 +128,7 @@ class ClaimsTable(MarkdownDirective):
 
     def run(self) -> list[nodes.Node]:
         claims = [claim for claim in _claims(self.env).values() if claim.chapter == _here(self.env)]
-        return [nodes.bullet_list("", *(self.entry(claim, "claim") for claim in claims), classes=["claims"])]
+        return self.table(claims, "claim")
 
 
 class ClaimsLedger(MarkdownDirective):
@@ -145,7 +144,7 @@ class ClaimsLedger(MarkdownDirective):
             here = [claim for claim in claims.values() if claim.section == section]
             if here:
                 found += [nodes.rubric("", source["title"])]
-                found += [nodes.bullet_list("", *(self.entry(claim, "ledger") for claim in here), classes=["claims"])]
+                found += self.table(here, "ledger")
         return found
 
 
