@@ -114,16 +114,16 @@ def test_outputs_are_carried_without_glue(fixture_book: Path) -> None:
         ("{doc}`coins </book/demo/second>`", "[coins](second.ipynb)"),
         ("{doc}`../index`", "A fixture book"),
         ("[home](../index.md) and [out](https://example.org/a_(b))", "home and [out](https://example.org/a_(b))"),
-        ("[](#die) {numref}`picture %s <die>` {numref}`die`", "A die. It shows **three**. picture 1 Figure 1"),
+        ("[](#die) {numref}`picture %s <die>` {numref}`die`", "A die. It shows **three**. picture 1 Figure 1"),  # noqa: E501
         ("{cite:t}`pearson1900criterion`", "Pearson (1900)"),
-        ("{term}`load <loads>` H{sub}`2`O {math}`x_1` {py:class}`~medarch.moe.MoELayer`", "load H<sub>2</sub>O $x_1$ `MoELayer`"),
+        ("{term}`load <loads>` H{sub}`2`O {math}`x_1` {py:class}`~medarch.moe.MoELayer`", "load H<sub>2</sub>O $x_1$ `MoELayer`"),  # noqa: E501
         ("`{ref}` stays, ``{ref}`first` `` too", "`{ref}` stays, ``{ref}`first` `` too"),
         ("{ref}`over a\nline <first>`", "over a line"),
         ("% a comment\ntext", "text"),
-        ("```{admonition} Not for clinical use\n:class: warning\nStudy *only*.\n```", "> **Not for clinical use**\n> \n> Study *only*."),
+        ("```{admonition} Not for clinical use\n:class: warning\nStudy *only*.\n```", "> **Not for clinical use**\n> \n> Study *only*."),  # noqa: E501
         (":::{margin}\nAside {ref}`first`.\n:::", "> Aside What does a die show?."),
         ("- item\n\n  ```{tip}\n  In a list.\n  ```", "- item\n\n  > **Tip**\n  > \n  > In a list."),
-        ("````{note}\n```{math}\n:label: inner\na = b\n```\n````", "> **Note**\n> \n> $$\n> a = b \\tag{1}\n> $$"),
+        ("````{note}\n```{math}\n:label: inner\na = b\n```\n````", "> **Note**\n> \n> $$\n> a = b \\tag{1}\n> $$"),  # noqa: E501
         ("```python\n{ref}`first`\n```", "```python\n{ref}`first`\n```"),
         ("Text[^note].\n\n[^note]: The note.", "Text<sup>note</sup>.\n\n<sup>note</sup> The note."),
         ("load\n: what an expert carries", "**load**: what an expert carries"),

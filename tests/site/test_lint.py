@@ -52,15 +52,15 @@ PROSE = "One throw of a die says little"
         (CODE, "import random\nrandom.shuffle(faces)", 1, "random.shuffle uses the global generator"),
         (CODE, "import time\nprint(time.perf_counter())", 1, "time.perf_counter reads the clock"),
         (CODE, "from datetime import datetime\ndatetime.now()", 1, "datetime.datetime.now reads the clock"),
-        (CODE, "import warnings\nwarnings.filterwarnings('ignore')", 1, "warnings.filterwarnings silences every warning"),
+        (CODE, "import warnings\nwarnings.filterwarnings('ignore')", 1, "warnings.filterwarnings silences every warning"),  # noqa: E501
         (CODE, "import requests", 0, "requests needs a network"),
         (CODE, "from urllib.request import urlopen", 0, "urllib needs a network"),
-        (CODE, "AutoModel.from_pretrained('gpt2', revision='x')", 0, "AutoModel.from_pretrained needs a network"),
-        (CODE, "from sklearn import datasets as d\nd.fetch_openml('x')", 1, "sklearn.datasets.fetch_openml needs a network"),
-        (CODE, "import matplotlib.pyplot as plt\nplt.plot(faces)", 1, "the cell draws without alternative text"),
+        (CODE, "AutoModel.from_pretrained('gpt2', revision='x')", 0, "AutoModel.from_pretrained needs a network"),  # noqa: E501
+        (CODE, "from sklearn import datasets as d\nd.fetch_openml('x')", 1, "sklearn.datasets.fetch_openml needs a network"),  # noqa: E501
+        (CODE, "import matplotlib.pyplot as plt\nplt.plot(faces)", 1, "the cell draws without alternative text"),  # noqa: E501
         (CODE, "from IPython.display import SVG\nSVG('')", 1, "the cell draws without alternative text"),
         (CODE, 'prove("dice-mean", 3)', 0, "book/claims.yml has no claim 'dice-mean'"),
-        (CODE, 'from medarch.book.records import show_record\nshow_record("moe/x")', 1, "there is no record of 'moe/x'"),
+        (CODE, 'from medarch.book.records import show_record\nshow_record("moe/x")', 1, "there is no record of 'moe/x'"),  # noqa: E501
         (":alt: A die that shows three.\n", "", -2, "the image ../_static/die.svg has no alternative text"),
         (PROSE, "![](../_static/die.svg) One", 0, "the image ../_static/die.svg has no alternative text"),
         (PROSE, "![A die](https://example.org/die.png) One", 0, "comes from elsewhere"),
@@ -82,7 +82,7 @@ PROSE = "One throw of a die says little"
         (":tags: [exercise]\n", "", -14, "exercise 'dice-two' has 0 of its starter"),
         ("```python\nanswer = 2", "```\nanswer = 2", -4, "the solution of 'dice-two' has 0 Python blocks"),
         (":label: dice-two", ":label: mean", -1, "the label 'mean' stands twice"),
-        ("No throw shows it.", "```{code-cell} ipython3\n2\n```", 0, "a code cell inside {slide} does not run"),
+        ("No throw shows it.", "```{code-cell} ipython3\n2\n```", 0, "a code cell inside {slide} does not run"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_planted_fault_is_told(fixture_book: Path, old: str, new: str, offset: int, told: str) -> None:

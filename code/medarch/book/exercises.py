@@ -1,8 +1,7 @@
-"""Exercises whose answers the page checks: a starter says "not yet", its solution "correct", and neither raises.
+"""Exercises whose answers the page checks: a starter says "not yet", a solution "correct", none raises.
 
 An exercise is four things of one label: the text (``{exercise}``), a checker in a hidden cell, a starter cell
-tagged ``exercise`` that calls :func:`check`, and a folded ``{solution}`` with one Python block that can stand in
-for the starter.
+tagged ``exercise`` that calls :func:`check`, and a folded ``{solution}`` whose Python block can replace it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ _CHECKERS: dict[str, Checker] = {}
 def exercise(label: str) -> Callable[[Checker], Checker]:
     """Make the decorated function the checker of an exercise.
 
-    The function takes the reader's answer and returns a hint, or ``None`` where the answer is right. Annotate its
-    argument: the type is what a reader is told to supply when the checker cannot even look at the answer.
+    The function takes the reader's answer and returns a hint, or ``None`` where the answer is right. Annotate
+    its argument: the type is what a reader is told to supply when the checker cannot even look at the answer.
     """
 
     def register(checker: Checker) -> Checker:

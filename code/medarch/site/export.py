@@ -141,10 +141,11 @@ class _Reader:
         self.roles: dict[str, Callable[[str, int], str]] = {
             "sub": lambda text, _: f"<sub>{text}</sub>", "sup": lambda text, _: f"<sup>{text}</sup>",
             "math": lambda text, _: f"${text}$", "term": lambda text, _: text.partition(" <")[0],
-            **dict.fromkeys(CODE_ROLES, lambda text, _: f"`{text.split('.')[-1] if text[0] == '~' else text}`"),
+            **dict.fromkeys(CODE_ROLES, lambda text, _: f"`{re.sub(r'^~.*[.]', '', text)}`"),
             "ref": self._ref, "eq": self._ref, "doc": self._doc,
             "numref": lambda text, line: self._ref(text, line, numbered=True),
-            "cite": self._cite, "cite:p": self._cite, "cite:t": lambda text, line: self._cite(text, line, True),
+            "cite": self._cite, "cite:p": self._cite,
+            "cite:t": lambda text, line: self._cite(text, line, in_text=True),
             "claim": lambda text, line: self._find(self.claims, text, line, "claim") and "",
             "proved": self._proved,
         }

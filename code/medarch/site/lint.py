@@ -1,7 +1,7 @@
 """What a chapter must have and must not do, each fault with its line and its remedy; no cell is run.
 
-Alternative text stands in ``:alt:`` for an image or figure, and in the cell's options as ``mystnb: image: alt:``
-for what a cell draws (myst-nb has one text for all images of a cell, so a cell draws one).
+Alternative text stands in ``:alt:`` for an image or figure, and in a cell's options, as ``mystnb: image:
+alt:``, for what it draws (myst-nb has one text for all images of a cell, so a cell draws one).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DRAWS = re.compile(r"matplotlib\.pyplot\.(?!close|rc|style|get_cmap)\w+|IPython\
 GLOBAL = "uses the global generator", "pass a torch.Generator or a numpy.random.default_rng with a seed"
 CLOCK = "reads the clock", "time with medarch.bench, or read a record"
 OFFLINE = "needs a network", "read from an installed package or the repository (medarch.data)"
-# A call by its full name, perhaps with its arguments; the keywords that make it right; what is wrong; the remedy.
+# A call by its full name, perhaps with its arguments; keywords that make it right; what is wrong; the remedy.
 CALLS = [
     (r"torch\.(cuda\.)?(manual_seed(_all)?|seed)|numpy\.random\.seed|random\.seed", (), *GLOBAL),
     (r"torch\.(rand|randn|randint|randperm|normal|bernoulli|multinomial)", ("generator",), *GLOBAL),

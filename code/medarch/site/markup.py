@@ -27,7 +27,7 @@ class _AnyDirective(TestDirective):  # the one class whose options MyST takes as
 
 @dataclass(frozen=True)
 class Block:
-    """A fence or directive: its name ("" for plain code), what it holds, and which lines of the text it is."""
+    """A fence or directive: its name ("" for plain code), what it holds, which lines of the text it is."""
 
     name: str
     argument: str
@@ -86,7 +86,7 @@ def walk(text: str, line: int = 1) -> Iterator[Block]:
 
 
 def prose(text: str, line: int = 1, nested: bool = True) -> Iterator[tuple[int, str]]:
-    """The lines outside code and mathematics, by number; ``nested`` enters directives other than solutions."""
+    """The lines outside code and mathematics, by number; ``nested`` enters directives, solutions not."""
     lines, at = text.splitlines(), 0
     for block in blocks(text, line):
         yield from ((line + number, lines[number]) for number in range(at, block.start))

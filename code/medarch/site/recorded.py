@@ -1,9 +1,8 @@
-"""``pytest --nbval book``: each chapter executed anew, as its readers' notebook, against its recorded outputs.
+"""``pytest --nbval book``: each chapter run anew, as its readers' notebook, against its recorded outputs.
 
-A pytest plugin over nbval. One execution serves three checks: the checked cells print what ``tests/reference``
-holds, the exported notebook runs, and each exercise's starter says "not yet" and its solution "correct". What
-would compare nothing (a missing, stale or empty record, a run without a comparison) is an error, for nbval alone
-passes all of these.
+A pytest plugin over nbval. One execution serves three checks: the checked cells print what is recorded, the
+exported notebook runs, and each exercise's starter says "not yet" and its solution "correct". What compares
+nothing (a missing, stale or empty record, a run without a comparison) is an error; nbval alone lets it pass.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def reference(project: Project, name: str) -> Path:
 
 
 def comparable(outputs: Iterable[Any]) -> list[NotebookNode]:
-    """What of a cell's outputs is compared: streams, text of displays and errors, that images are; no glue."""
+    """What of a cell's outputs is compared: streams, text of displays and errors, presence of images."""
     kept = []
     for output in coalesce_streams([nbformat.from_dict(dict(output)) for output in outputs]):
         if output.output_type == "stream":

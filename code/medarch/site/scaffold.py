@@ -72,7 +72,7 @@ def new_chapter(project: Project, name: str, title: str) -> Path:
     """Write ``book/<name>.md`` and list it after its folder's other pages in ``_toc.yml``.
 
     Raises:
-        BookError: for a name that is not ``topic/chapter`` in small letters, an existing page, an empty title.
+        BookError: for a name that is not ``topic/chapter`` in small letters, an existing page, no title.
     """
     path, toc = project.page(name), project.root / "_toc.yml"
     title = " ".join(title.replace('"', "'").split())
