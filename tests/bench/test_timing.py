@@ -80,7 +80,7 @@ def test_numbers_of_a_comparison_by_hand():
     assert "6 rounds, one thread" in table[-1]
 
 
-@pytest.mark.parametrize(("rounds", "depth"), [(5, 0), (6, 0), (9, 1), (15, 3), (25, 7)])
+@pytest.mark.parametrize(("rounds", "depth"), [(5, 0), (6, 0), (9, 1), (11, 1), (15, 3), (25, 7)])
 def test_interval_agrees_with_the_sign_test(rounds, depth):
     """Published ranks of the 95 % interval for a median; for fifteen values the fourth and the twelfth."""
     seconds = {"x": [1.0] * rounds, "y": [float(value) for value in range(rounds)]}
