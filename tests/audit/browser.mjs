@@ -18,15 +18,17 @@ export async function launch(extra = []) {
   });
 }
 
-/** Wait until the page shows what it will show: mathematics typeset, fonts there. Returns what did not come, or "". */
+/** Wait until the page shows what it will show: mathematics typeset, fonts and pictures there. Returns what did not come, or "". */
 export async function settle(page, seconds = 30) {
   return page.evaluate(async (limit) => {
+    document.querySelectorAll("img[loading=lazy]").forEach((image) => (image.loading = "eager"));
     const typeset = async () => {
       if (document.querySelector('script[src*="mathjax"]')) {
         while (!window.MathJax?.startup?.promise) await new Promise((done) => setTimeout(done, 20));
         await window.MathJax.startup.promise;
       }
       await document.fonts.ready;
+      await Promise.all([...document.images].map((image) => image.decode().catch(() => {})));
       return "";
     };
     const late = new Promise((done) => setTimeout(done, limit * 1000, `not settled after ${limit} s`));

@@ -1,8 +1,9 @@
 """The look and the weight of the site: what the theme lets no option, template or style sheet change.
 
-A Sphinx extension in three steps. Before the build it takes the book's addresses from the environment. For each page,
-in memory, it sorts out scripts and styles that the page has no use for and mends its markup. After the build it
-replaces the theme's icon fonts and styles by the icons in use and copies the part of MathJax that pages load.
+A Sphinx extension in three steps. Before the build it takes the book's addresses from the environment. For
+each page, in memory, it leaves out scripts and styles that the page has no use for and mends its markup.
+After the build it cuts the theme's icon fonts and styles down to the icons in use and copies the part of
+MathJax that pages load.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import html
 import importlib.metadata
 import io
+import logging
 import os
 import re
 import shutil
@@ -24,65 +26,65 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
-# Assets that only some pages need: file name -> the text that shows that a page's body needs it.
+# Assets that only some pages need: start of the file's name -> what in a page's body shows that it needs it.
+CODE = '<div class="highlight"'
 ASSETS = {
-    "clipboard.min.js": '<div class="highlight"',
-    "copybutton.js": '<div class="highlight"',
-    "copybutton.css": '<div class="highlight"',
-    "pygments.css": '<div class="highlight"',
+    "clipboard.min.js": CODE,
+    "copybutton": CODE,
+    "pygments.css": CODE,
     "design-tabs.js": "sd-tab-set",
     "sphinx-design.min.css": 'class="sd-',
     "exercise.css": 'class="exercise',
     "mystnb.": 'class="cell',
     "mathjax/": 'class="math',
 }
-# What MathJax loads for TeX input; its menu alone weighs as much as input and output together.
-MATHJAX = ("startup.js", "core.js", "loader.js", "input/tex.js", "input/tex/extensions", "output/chtml.js")
-MATHJAX_MORE = ("output/chtml/fonts", "a11y/assistive-mml.js")
+# What MathJax needs for TeX; its menu alone weighs as much as TeX input and output together.
+MATHJAX = "startup.js core.js loader.js input/tex.js input/tex/extensions a11y/assistive-mml.js"
+MATHJAX += " output/chtml.js output/chtml/fonts"
 FONTS = "vendor/fontawesome/webfonts"
-DROPPED = ("scripts/fontawesome.js*", "scripts/*.map", "scripts/*.LICENSE.txt", "styles/*.map", f"{FONTS}/*.ttf")
-DROPPED_ALSO = ("images/logo_*", "sbt-webpack-macros.html", "webpack-macros.html", "locales")
+DROPPED = (
+    f"scripts/fontawesome.js* scripts/*.map scripts/*.txt styles/*.map {FONTS}/*.ttf images/logo_* *macros.html locales"
+)
+ICON_RULE = re.compile(r'((?:\.fa-[a-z0-9-]+:before,?)+)\{content:"[^"]*"\}')
 
 
 def read_addresses(app: Sphinx, config: Config) -> None:
     """Take the site's and the repository's address from the environment (see the head of _config.yml)."""
     site = (config.html_baseurl or os.environ.get("MEDARCH_SITE_URL", "")).rstrip("/")
-    for name, address in {"MEDARCH_SITE_URL": site, "MEDARCH_REPOSITORY_URL": repository_url()}.items():
+    repository = os.environ.get("MEDARCH_REPOSITORY_URL", "").rstrip("/")
+    for name, address in {"MEDARCH_SITE_URL": site, "MEDARCH_REPOSITORY_URL": repository}.items():
         if address and urlsplit(address).scheme not in ("http", "https"):
-            raise ValueError(f"{name}={address!r} is no web address: write it with https:// or unset it")
-    config.html_baseurl = f"{site}/" if site else ""
-    config.ogp_site_url = config.html_baseurl
+            raise ValueError(f"{name}={address!r} is no web address: begin it with https:// or unset it")
+    config.html_baseurl = config.ogp_site_url = f"{site}/" if site else ""
     config.notfound_urls_prefix = urlsplit(config.html_baseurl).path or "/"
     if site:
         config.sitemap_url_scheme = "{link}"
-        config.sitemap_excludes = ["search.html", "genindex.html", "404.html", "index.html"]
-    if repository_url():
+        config.sitemap_excludes = ["search.html", "404.html"]
+    if repository:
+        buttons = ("use_edit_page_button", "use_issues_button", "use_repository_button")
         branch = os.environ.get("MEDARCH_REPOSITORY_BRANCH", "main")
-        config.html_theme_options.update(repository_url=repository_url(), repository_branch=branch)
-        config.html_theme_options.update(use_edit_page_button=True, use_issues_button=True, use_repository_button=True)
+        options = {"repository_url": repository, "repository_branch": branch, **dict.fromkeys(buttons, True)}
+        config.html_theme_options.update(options)
 
 
-def repository_url() -> str:
-    """Return the address of the book's repository, or nothing where none is configured."""
-    return os.environ.get("MEDARCH_REPOSITORY_URL", "").rstrip("/")
-
-
-def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
-    """Give a page's description, from its front matter or its first paragraph, to the head and to Open Graph."""
+def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Give a page's description, its front matter's or its first paragraph, to its head and to Open Graph."""
     if doctree is None:
         return
     written = re.search(r'<meta content="([^"]*)" name="description"', context.get("metatags") or "")
     text = html.unescape(written[1]) if written else first_paragraph(doctree)
-    context["meta"] = {**(context.get("meta") or {}), "og:description": text, "ogp_description_length": "0"}
-    if not written and text:
+    if text:
+        own = {"og:description": text, "ogp_description_length": "0"}
+        context["meta"] = {**(context.get("meta") or {}), **own}
+    if text and not written:
         context["metatags"] += f'\n<meta content="{html.escape(text)}" name="description" />'
 
 
 def first_paragraph(doctree: nodes.document, limit: int = 160) -> str:
     """Return the first paragraph of running text, without mathematics and citations, cut at a word."""
+    skipped = (nodes.math, nodes.citation_reference, nodes.footnote_reference, nodes.raw)
     for paragraph in doctree.findall(nodes.paragraph):
         if isinstance(paragraph.parent, nodes.section):
-            skipped = (nodes.math, nodes.citation_reference, nodes.footnote_reference, nodes.raw)
             words = [n.astext() for n in paragraph.findall(nodes.Text) if not isinstance(n.parent, skipped)]
             text = " ".join("".join(words).split())
             return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + "…"
@@ -94,67 +96,65 @@ def lighten_page(app: Sphinx, page: str, template: str, context: dict[str, Any],
     body = context.get("body", "")
 
     def wanted(asset: Any) -> bool:
-        name, inline = str(asset.filename or "").removeprefix("_static/"), asset.attributes.get("body", "")
+        name = str(asset.filename or "").removeprefix("_static/")
+        inline = asset.attributes.get("body", "")
         if "window.MathJax" in inline:  # Sphinx also gives it to pages whose children have equations
             return ASSETS["mathjax/"] in body
-        # pydata's one inline script serves its version switch, which a book without versions has not.
+        # The theme's one inline script serves its version switch, which a book without versions has not.
         unused = "DOCUMENTATION_OPTIONS.pagename" in inline
-        return not unused and all(sign in body for key, sign in ASSETS.items() if name.startswith(key))
+        return not unused and all(sign in body for start, sign in ASSETS.items() if name.startswith(start))
+
+    def deferred(script: Any) -> Any:
+        if not script.filename or template != "page.html":  # the search page's scripts count on their order
+            return script
+        return type(script)(
+            script.filename, priority=script.priority, **{**script.attributes, "defer": "defer"}
+        )
 
     context["css_files"] = [asset for asset in context["css_files"] if wanted(asset)]
-    context["script_files"] = [asset for asset in context["script_files"] if wanted(asset)]
-    if template == "page.html":  # the search page's own scripts count on their order
-        for i, script in enumerate(context["script_files"]):
-            if script.filename:
-                attributes = {**script.attributes, "defer": "defer"}
-                context["script_files"][i] = type(script)(script.filename, priority=script.priority, **attributes)
+    context["script_files"] = [deferred(asset) for asset in context["script_files"] if wanted(asset)]
 
 
 def mend_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Mend what docutils, the theme and the extensions write against HTML's and accessibility's rules."""
-    tags = context.get("metatags") or ""
-    tags = re.sub(r'<meta content="[^"]*" name="viewport" />|<meta name="viewport"[^>]*>', "", tags)
-    tags += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    tags = re.sub(r'<meta (content="[^"]*" )?name="viewport"[^>]*>', "", context.get("metatags") or "")
     if not app.config.html_baseurl:  # an address that is not known is left out, not made relative
-        tags = re.sub(r'<meta property="og:(url|image)" [^>]*>\n?', "", tags)
-    context["metatags"] = tags
+        tags = re.sub(r'<meta property="og:(url|image|image:alt)" [^>]*>\n?', "", tags)
+    context["metatags"] = tags + '<meta name="viewport" content="width=device-width, initial-scale=1">'
     if "body" not in context:
         return
     body = fold_dropdowns(context["body"])
-    # docutils gives the list a role whose children it then gives another
+    # docutils gives the list of citations a role, and its entries one that this role does not allow
     body = body.replace('<div role="list" class="citation-list">', '<div class="citation-list">')
     body = body.replace(' role="doc-biblioentry"', "")
-    body = re.sub(
-        r'<input class="task-list-item-checkbox"( checked="checked")?',
-        lambda box: f'{box[0]} aria-label="{"done" if box[1] else "to do"}"',
-        body,
-    )
+    # a box to tick needs a name
+    box = '<input class="task-list-item-checkbox"'
+    body = body.replace(box, f'{box} aria-label="to do"')
+    body = body.replace(f'{box} aria-label="to do" checked=', f'{box} aria-label="done" checked=')
     # every exercise and every solution carries the same id
     body = re.sub(r'<section id="(exercise|solution)-content">', "<section>", body)
     # a label names its input; sphinx-design has it control the panel too
     body = re.sub(r'<label aria-controls="[^"]*" class="sd-tab-label"', '<label class="sd-tab-label"', body)
-    # a paragraph cannot stand in a summary, and the summary's words are its name
+    # a summary's words are its name, and a paragraph cannot stand in one
     body = re.sub(r"<summary aria-label=[^>]*>", "<summary>", body)
-    body = re.sub(r'<p class="(collapsed|expanded) admonition-title">(.*?)</p>', r'<span class="\1">\2</span>', body)
-    body = re.sub(r"<img [^>]*>", functools.partial(measured_image, app), body)
-    context["body"] = body
+    folded = re.compile(r'<p class="(collapsed|expanded) admonition-title">(.*?)</p>')
+    body = folded.sub(r'<span class="\1">\2</span>', body)
+    context["body"] = re.sub(r"<img [^>]*>", functools.partial(measured_image, app), body)
 
 
 def fold_dropdowns(body: str) -> str:
     """Turn admonitions of the class dropdown into details elements, which need no script."""
-    for start in reversed(list(re.finditer(r'<div class="(?=[^"]*\badmonition\b)[^"]*\bdropdown\b[^"]*"[^>]*>', body))):
-        depth, end = 1, None
-        for tag in re.finditer(r"<(/?)div\b[^>]*>", body[start.end() :]):
+    opening = re.compile(r'<div class="(?=[^"]*\badmonition\b)[^"]*\bdropdown\b[^"]*"[^>]*>')
+    title = re.compile(r'\s*<p class="admonition-title">(.*?)</p>', re.DOTALL)
+    for start in reversed(list(opening.finditer(body))):
+        depth = 1
+        for tag in re.compile(r"<(/?)div\b[^>]*>").finditer(body, start.end()):
             depth += -1 if tag[1] else 1
             if depth == 0:
-                end = start.end() + tag.start()
+                inner = title.sub(summary, body[start.end() : tag.start()], count=1)
+                details = start[0].replace("<div", "<details", 1) + inner + "</details>"
+                body = body[: start.start()] + details + body[tag.end() :]
                 break
-        if end is None:
-            continue
-        opening = start[0].replace("<div", "<details", 1)
-        title = re.compile(r'\s*<p class="admonition-title">(.*?)</p>', re.DOTALL)
-        inner = title.sub(summary, body[start.end() : end], count=1)
-        body = body[: start.start()] + opening + inner + "</details>" + body[end + len("</div>") :]
     return body
 
 
@@ -175,26 +175,24 @@ def measured_image(app: Sphinx, tag: re.Match[str]) -> str:
 
 
 def finish_site(app: Sphinx, error: Exception | None) -> None:
-    """Write the lean fonts, styles and MathJax over the full ones, and the redirect at the site's root."""
-    if error is not None or app.builder.format != "html":
+    """Put the lean fonts, styles and MathJax in place of the full ones, and a redirect at the site's root."""
+    if error is not None or app.builder.name != "html":
         return
     static = Path(app.outdir) / "_static"
-    for pattern in DROPPED + DROPPED_ALSO:
-        for path in static.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    lean_icons(static, Path(app.srcdir) / "_build" / ".fonts")
+    for path in {found for pattern in DROPPED.split() for found in static.glob(pattern)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    lean_icons(static, Path(app.srcdir) / "_build" / "fonts")
     full = importlib.metadata.distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline")
-    for part in MATHJAX + MATHJAX_MORE:
+    for part in MATHJAX.split():
         source, target = Path(str(full)) / "static" / "mathjax" / part, static / "mathjax" / part
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
-    root = f"{app.config.root_doc}.html"
-    if root != "index.html":
+    if (root := f"{app.config.root_doc}.html") != "index.html":
         title = html.escape(app.config.project)
         (Path(app.outdir) / "index.html").write_text(
-            f'<!DOCTYPE html>\n<html lang="{app.config.language}"><head><meta charset="utf-8"><title>{title}</title>'
-            f'<meta http-equiv="refresh" content="0; url={root}"></head>'
+            f'<!DOCTYPE html>\n<html lang="{app.config.language}"><head><meta charset="utf-8">'
+            f'<title>{title}</title><meta http-equiv="refresh" content="0; url={root}"></head>'
             f'<body><main><h1><a href="{root}">{title}</a></h1></main></body></html>\n',
             encoding="utf-8",
         )
@@ -210,20 +208,18 @@ def lean_icons(static: Path, cache: Path) -> None:
     import pydata_sphinx_theme
 
     theme = Path(pydata_sphinx_theme.__file__).parent / "theme" / "pydata_sphinx_theme" / "static"
-    used = {"fa-solid", "fa-regular", "fa-brands"}
-    for path in [*static.parent.rglob("*.html"), *static.glob("**/*.js")]:
-        if "mathjax" not in path.parts:
-            used.update(re.findall(r"\bfa-[a-z0-9-]+", path.read_text(encoding="utf-8")))
+    used: set[str] = set()
+    for path in [*static.parent.rglob("*.html"), *static.glob("*.js"), *static.glob("scripts/*.js")]:
+        used.update(re.findall(r"\bfa-[a-z0-9-]+", path.read_text(encoding="utf-8")))
 
     def keep(rule: re.Match[str]) -> str:
         return rule[0] if used & set(re.findall(r"fa-[a-z0-9-]+", rule[1])) else ""
 
-    styles = (theme / "styles" / "pydata-sphinx-theme.css").read_text(encoding="utf-8")
-    styles = re.sub(r'((?:\.fa-[a-z0-9-]+:before,?)+)\{content:"[^"]*"\}', keep, styles)
+    styles = ICON_RULE.sub(keep, (theme / "styles" / "pydata-sphinx-theme.css").read_text(encoding="utf-8"))
     styles = re.sub(r',url\([^)]*\.ttf\) format\("truetype"\)|/\*# sourceMappingURL.*?\*/', "", styles)
     (static / "styles" / "pydata-sphinx-theme.css").write_text(styles, encoding="utf-8")
 
-    everything = "".join(path.read_text(encoding="utf-8") for path in sorted(static.glob("**/*.css")))
+    everything = "".join(path.read_text(encoding="utf-8") for path in sorted(static.rglob("*.css")))
     codes = {int(code, 16) for code in re.findall(r"\\([ef][0-9a-f]{3})\b", everything)}
     codes |= {ord(sign) for sign in everything if 0xE000 <= ord(sign) <= 0xF8FF}
     cache.mkdir(parents=True, exist_ok=True)
@@ -232,7 +228,6 @@ def lean_icons(static: Path, cache: Path) -> None:
         cut = cache / f"{font.stem}-{key}.woff2"
         if not cut.exists():
             cut.write_bytes(cut_font(font, codes))
-        (static / FONTS).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(cut, static / FONTS / font.name)
 
 
@@ -240,6 +235,7 @@ def cut_font(font: Path, codes: set[int]) -> bytes:
     """Return the font with the glyphs of these code points alone, as WOFF2."""
     from fontTools import subset
 
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     options = subset.Options(flavor="woff2", notdef_outline=True)
     loaded = subset.load_font(str(font), options)
     cutter = subset.Subsetter(options)
