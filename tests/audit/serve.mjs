@@ -21,7 +21,8 @@ export async function serve(root) {
   const folder = new URL(process.env.MEDARCH_SITE_URL || "http://host/").pathname.replace(/\/*$/, "/");
   const server = http.createServer((request, response) => {
     const asked = decodeURIComponent(new URL(request.url, "http://host").pathname);
-    let file = path.join(base, asked.startsWith(folder) ? asked.slice(folder.length) : asked);
+    let file = path.join(base, asked);
+    if (!existsSync(file) && asked.startsWith(folder)) file = path.join(base, asked.slice(folder.length));
     if (file.startsWith(base) && existsSync(file) && statSync(file).isDirectory()) file = path.join(file, "index.html");
     if (!file.startsWith(base + path.sep) || !existsSync(file) || statSync(file).isDirectory()) {
       response.writeHead(404, { "content-type": "text/plain" }).end("not found");

@@ -42,9 +42,7 @@ ASSETS = {
 MATHJAX = "startup.js core.js loader.js input/tex.js input/tex/extensions a11y/assistive-mml.js"
 MATHJAX += " output/chtml.js output/chtml/fonts"
 FONTS = "vendor/fontawesome/webfonts"
-DROPPED = (
-    f"scripts/fontawesome.js* scripts/*.map scripts/*.txt styles/*.map {FONTS}/*.ttf images/logo_* *macros.html locales"
-)
+DROPPED = f"scripts/fontawesome.js* s*/*.map {FONTS}/*.ttf images/logo_* *macros.html locales"
 ICON_RULE = re.compile(r'((?:\.fa-[a-z0-9-]+:before,?)+)\{content:"[^"]*"\}')
 
 
@@ -81,12 +79,10 @@ def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doc
 
 
 def first_paragraph(doctree: nodes.document, limit: int = 160) -> str:
-    """Return the first paragraph of running text, without mathematics and citations, cut at a word."""
-    skipped = (nodes.math, nodes.citation_reference, nodes.footnote_reference, nodes.raw)
+    """Return the first paragraph without mathematics, cut at a word; citations are left out."""
     for paragraph in doctree.findall(nodes.paragraph):
-        if isinstance(paragraph.parent, nodes.section):
-            words = [n.astext() for n in paragraph.findall(nodes.Text) if not isinstance(n.parent, skipped)]
-            text = " ".join("".join(words).split())
+        if isinstance(paragraph.parent, nodes.section) and not list(paragraph.findall(nodes.math)):
+            text = re.sub(r" ?\[[^\]]*\d{4}\]", "", " ".join(paragraph.astext().split()))
             return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + "…"
     return ""
 
