@@ -106,6 +106,23 @@ def test_grouped_product_counts_as_separate_products_do():
     assert count_flops(backward, grouped) == count_flops(backward, separate) == 3 * 2 * 8 * 16 * 4
 
 
+def test_grouped_products_of_other_shapes():
+    """A batch of matrices against columns that are split into groups, and against a batch."""
+    left = torch.randn(2, 3, 16)
+    offsets = torch.tensor([8, 24], dtype=torch.int32)
+    assert count_flops(F.grouped_mm, left, torch.randn(16, 24), offs=offsets) == 2 * 3 * 16 * 24
+    assert count_flops(F.grouped_mm, left, torch.randn(2, 16, 4)) == count_flops(
+        torch.bmm, left, torch.randn(2, 16, 4)
+    )
+
+
+def test_a_norm_is_not_costly():
+    x = torch.randn(3, 5)
+    assert count_flops(lambda: (x @ x.T).norm()) == 2 * 3 * 5 * 3
+    with torch.inference_mode():
+        assert count_flops(lambda: torch.linalg.vector_norm(x @ x.T)) == 90
+
+
 def test_a_costly_operator_without_formula_is_an_error_that_names_it(monkeypatch):
     x = torch.randn(8, 16)
     with pytest.raises(ValueError, match="_fft_r2c"):

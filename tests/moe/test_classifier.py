@@ -71,6 +71,13 @@ def test_each_kind_learns_what_words_tell(task, kind):
     assert evaluate(training.model, task.test).accuracy > 0.9
 
 
+def test_dropped_words_are_not_seen(task):
+    blind = train_classifier(task, epochs=2, config=SMALL, word_dropout=1.0)
+    assert blind.losses == pytest.approx([math.log(3)] * 2)  # without words all three scores are zero
+    kept, dropped = (train_classifier(task, epochs=1, config=SMALL, word_dropout=rate) for rate in (0.0, 0.5))
+    assert kept.losses != dropped.losses
+
+
 def test_training_depends_on_the_seed_alone(task):
     def weights(seed):
         torch.manual_seed(torch.seed() % 2**31)  # whatever the global generator holds must not matter
