@@ -161,6 +161,8 @@ def test_accuracy_and_f1_agree_with_scikit_learn():
         accuracy, f1 = accuracy_and_f1(named, labels)
         assert accuracy == accuracy_score(labels, named)
         assert f1 == pytest.approx(f1_score(labels, named, average="macro"), abs=1e-12)
+    absent = torch.tensor([3, 0, 1]), torch.tensor([0, 0, 1])  # class 3 is named but does not occur
+    assert accuracy_and_f1(*absent)[1] == pytest.approx(f1_score(*absent[::-1], average="macro"), abs=1e-12)
 
 
 def test_mutual_information_agrees_with_scikit_learn_and_its_limits():
