@@ -7,6 +7,7 @@ so that it looks the same everywhere.
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import matplotlib
 from cycler import cycler
@@ -56,3 +57,5 @@ def use_style() -> None:
 
 
 use_style()
+# Libraries that only might show a progress bar ask for the widgets of notebooks, which the book does without.
+warnings.filterwarnings("ignore", message="IProgress not found")

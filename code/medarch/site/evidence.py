@@ -79,8 +79,8 @@ def record_values(project: Project, claim: Claim) -> dict[str, float]:
     for path in sorted((project.book / "records").glob(f"{(claim.record or '').replace('/', '-')}.*.json")):
         node: Any = json.loads(path.read_text("utf8"))["results"]
         for key in (claim.path or "").split("."):
-            node = node.get(key, math.nan) if isinstance(node, dict) else node[int(key)]
-        values[path.name.split(".")[-2]] = float(node)
+            node = node.get(key) if isinstance(node, dict) else None
+        values[path.name.split(".")[-2]] = float(node) if isinstance(node, int | float) else math.nan
     return values
 
 
