@@ -44,6 +44,9 @@ def run(*command: str | Path) -> int:
 
 def install_packages() -> None:
     """Install the locked npm packages, unless they are as locked already."""
+    version = subprocess.run([tool("node"), "--version"], capture_output=True, text=True, check=False).stdout
+    if int(version.lstrip("v").split(".")[0] or 0) < 20:
+        raise CannotRunError(f"node is {version.strip() or 'of no known version'}: {NEEDED['node']}")
     stamp, lock = HERE / "node_modules" / ".package-lock.json", HERE / "package-lock.json"
     if stamp.exists() and stamp.stat().st_mtime >= lock.stat().st_mtime:
         return
