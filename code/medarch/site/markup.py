@@ -86,12 +86,12 @@ def walk(text: str, line: int = 1) -> Iterator[Block]:
 
 
 def prose(text: str, line: int = 1, nested: bool = True) -> Iterator[tuple[int, str]]:
-    """The lines outside code and mathematics, by number; ``nested`` enters directives, solutions not."""
+    """The lines outside code and mathematics, by number; ``nested`` enters what a page shows unfolded."""
     lines, at = text.splitlines(), 0
     for block in blocks(text, line):
         yield from ((line + number, lines[number]) for number in range(at, block.start))
         at = block.end
-        if nested and block.name not in VERBATIM | {"solution"}:
+        if nested and block.name not in VERBATIM | {"solution"} and "deck-only" not in block.options:
             yield from prose(block.body, block.body_line)
     yield from ((line + number, lines[number]) for number in range(at, len(lines)))
 
