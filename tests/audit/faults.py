@@ -64,7 +64,9 @@ def run(*command: str | Path) -> str:
 
 def plant(site: Path) -> str:
     """Plant every fault in a copy of a page with equations; return that page's folder and start."""
-    pages = [path for path in sorted(site.rglob("*.html")) if "MathJax" in path.read_text(encoding="utf-8")]
+    needed = ("window.MathJax", '<article class="bd-article">')
+    every = {path: path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html"))}
+    pages = [path for path, text in every.items() if all(part in text for part in needed)]
     if not pages:
         sys.exit(f"faults: no page with equations under {site}: build the book first")
     (site / "_static" / "heavy.css").write_text("".join(f".a{n**3:x}{{--b:{n**5}}}" for n in range(60_000)))
