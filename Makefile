@@ -24,13 +24,13 @@ test: .venv/.ready  ## every check that needs nothing but Python packages
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/medarch lint
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --nbval tests book
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --nbval --nbval-cell-timeout 120 tests book
 
 audit: book tests/audit/node_modules/.ready  ## the checks that need Chromium, Java and Node
 	@$(BIN)/python tests/audit/audit.py _build/html
 
 notebooks: .venv/.ready
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(if $(filter cuda,$(MEDARCH_DEVICE)),--nbval-lax,--nbval) book
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(if $(filter cuda,$(MEDARCH_DEVICE)),--nbval-lax,--nbval) --nbval-cell-timeout 120 book
 
 serve: .venv/.ready  ## open the built book at http://127.0.0.1:8000/ (PORT=…)
 	@$(BIN)/medarch serve --port $(PORT)
