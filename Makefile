@@ -26,7 +26,7 @@ test: .venv/.ready  ## every check that needs nothing but Python packages
 	@$(BIN)/medarch lint
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --nbval --nbval-cell-timeout 120 tests book
 
-audit: book tests/audit/node_modules/.ready  ## the checks that need Chromium, Java and Node
+audit: book  ## the checks that need Chromium, Java and Node
 	@$(BIN)/python tests/audit/audit.py _build/html
 
 notebooks: .venv/.ready
@@ -65,10 +65,6 @@ setup: .venv/.ready
 	@$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock --no-build-isolation -e '.[book,test,audit,lab]'
 	@$(BIN)/jupytext-config set-default-viewer myst markdown > /dev/null
 	@touch $@
-
-tests/audit/node_modules/.ready: tests/audit/package-lock.json
-	@command -v npm > /dev/null || { echo "The audit needs Node 20 or newer with npm; install it and run make audit again." >&2; exit 1; }
-	@cd tests/audit && npm ci --silent --no-audit --no-fund && touch node_modules/.ready
 
 clean:  ## remove what was built (the environment stays)
 	@rm -rf _build

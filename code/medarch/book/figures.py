@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 import matplotlib
 from cycler import cycler
@@ -18,7 +19,7 @@ QUIET, INK, PLATE = "#6b7280", "#1f2937", "#ffffff"
 SEQUENTIAL = "cividis"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "figure.figsize": (7.0, 4.0),
     "figure.facecolor": PLATE,
     "figure.constrained_layout.use": True,

@@ -23,7 +23,7 @@ BASELINE = "dense_active"
 LOOP = "loop"
 
 
-@benchmark("moe/speed", modules=["medarch.moe"])
+@benchmark("moe/speed", modules=["medarch.moe", "medarch.bench.timing"])
 def speed(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
     """Time of the layer over a dense layer of its active size, forward and with backward, one thread.
 

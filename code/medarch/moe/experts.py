@@ -52,14 +52,14 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "*batch hidden"]:
         """Sends each token to its experts and sums what they answer.
 
-        A token has k slots, each naming one expert. The slots are sorted by expert, so that the tokens of
-        an expert lie together and one matrix product serves them all; then the answers go back to their
-        slots and each token's k slots are summed. The sum is deterministic, on a GPU too, where adding by
-        index is not.
+        A token has k slots, each naming one expert. The slots are sorted by expert, so that
+        the tokens of an expert lie together and one matrix product serves them all; then the
+        answers go back to their slots and each token's k slots are summed. The sum is
+        deterministic, on a GPU too, where adding by index is not.
 
         Args:
             hidden_states: Token vectors.
-            indices: Experts of each token, ``NO_EXPERT`` for a slot that does no work and adds nothing.
+            indices: Experts of each token, ``NO_EXPERT`` for a slot that does no work.
             weights: Weight of each slot.
 
         Returns:
@@ -68,25 +68,27 @@ class Experts(nn.Module):
         Raises:
             ValueError: If an index names an expert that does not exist.
         """
+        num_experts, hidden_act = self.config.num_experts, self.config.hidden_act
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         k = indices.shape[-1]
         slots = indices.reshape(-1)
-        # Shifted by one, since counting starts at 0 and an idle slot holds NO_EXPERT = -1; idle slots sort
-        # to the front.
-        idle, *counts = torch.bincount(slots - NO_EXPERT, minlength=self.config.num_experts + 1).tolist()
-        if len(counts) != self.config.num_experts:
+        # Shifted by one, since counting starts at 0 and an idle slot holds NO_EXPERT = -1;
+        # idle slots sort to the front.
+        idle, *counts = torch.bincount(slots - NO_EXPERT, minlength=num_experts + 1).tolist()
+        if len(counts) != num_experts:
             raise ValueError(
-                f"indices name expert {len(counts) - 1}, but num_experts={self.config.num_experts} and they "
-                "are numbered from 0"
+                f"indices name expert {len(counts) - 1}, but num_experts={num_experts} "
+                "and they are numbered from 0"
             )
         order = slots.argsort(stable=True)[idle:]
         batches = tokens.index_select(0, order // k).split(counts)
         experts = self.weights()
-        # An expert without tokens is not called. One always is, so that an empty batch too has a gradient.
+        # An expert without tokens is not called. One always is, so that an empty batch too
+        # has a gradient.
         called = [expert for expert, count in enumerate(counts) if count] or [0]
-        answers = torch.cat(
-            [feed_forward(batches[expert], *experts[expert], self.config.hidden_act) for expert in called]
-        )
-        weighted = answers * weights.reshape(-1, 1).index_select(0, order)
-        by_slot = weighted.new_zeros(slots.numel(), tokens.shape[-1]).index_copy(0, order, weighted)
-        return by_slot.view(-1, k, tokens.shape[-1]).sum(dim=1).to(tokens.dtype).view(hidden_states.shape)
+        answers = [feed_forward(batches[e], *experts[e], hidden_act) for e in called]
+        weighted = torch.cat(answers) * weights.reshape(-1, 1).index_select(0, order)
+        by_slot = weighted.new_zeros(slots.numel(), tokens.shape[-1])
+        by_slot = by_slot.index_copy(0, order, weighted)
+        summed = by_slot.view(-1, k, tokens.shape[-1]).sum(dim=1)
+        return summed.to(tokens.dtype).view(hidden_states.shape)

@@ -38,13 +38,14 @@ def draw_layer(axes: Axes, routing: Routing, word: str) -> None:
         if weight is None:
             axes.plot([3.6, 4.6], [middle, height], color=EDGE, lw=0.8, ls=":", marker="", zorder=0)
             continue
-        for start, end in (((3.6, middle), (4.6, height)), ((7.4, height), (8.6, middle))):
-            axes.plot(*zip(start, end, strict=True), color=colour, lw=1.5 + 4 * weight, marker="", zorder=0)
+        for xs, ys in (([3.6, 4.6], [middle, height]), ([7.4, 8.6], [height, middle])):
+            axes.plot(xs, ys, color=colour, lw=1.5 + 4 * weight, marker="", zorder=0)
     _box(axes, -0.4, middle, 1.7, 0.9, word, True, INK)
     _box(axes, 2.2, middle, 1.4, 0.9, "router", True, INK)
     _box(axes, 8.6, middle, 1.0, 0.9, "sum", True, INK)
-    for start, end in ((1.3, 2.2), (9.6, 10.4)):
-        axes.annotate("", (end, middle), (start, middle), arrowprops={"arrowstyle": "->", "color": INK, "lw": 1.5})
+    arrow = {"arrowstyle": "->", "color": INK, "lw": 1.5}
+    for left, right in ((1.3, 2.2), (9.6, 10.4)):
+        axes.annotate("", (right, middle), (left, middle), arrowprops=arrow)
     axes.set(xlim=(-0.6, 10.6), ylim=(-0.7, experts - 0.3))
     axes.axis("off")
 
@@ -69,15 +70,27 @@ def draw_flow(axes: Axes, words: Sequence[str], routing: Routing) -> None:
                 axes.plot([0, 4], [height, place[expert]], color=expert_colour(expert), lw=0.5 + 4.5 * weight,
                           alpha=0.75, marker="", solid_capstyle="round")  # fmt: skip
     for expert in range(experts):
-        _box(axes, 4.0, place[expert], 1.5, rows / experts * 0.62, f"expert {expert}", True, expert_colour(expert))
+        _box(
+            axes,
+            4.0,
+            place[expert],
+            1.5,
+            rows / experts * 0.62,
+            f"expert {expert}",
+            True,
+            expert_colour(expert),
+        )
         axes.text(5.7, place[expert], f"{share[expert]:.0%}", va="center", ha="left")
     axes.text(5.7, rows + 0.1, "share of\nthe work", va="bottom", ha="left")
     axes.set(xlim=(-2.6, 6.9), ylim=(-0.5 - rows / experts * 0.31, rows + 1.2))
     axes.axis("off")
 
 
-def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, lit: bool, colour: str) -> None:
-    face = colour if lit else PALE
-    axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.12",
-                                  facecolor=face, edgecolor=colour, linewidth=1.2, zorder=2))  # fmt: skip
-    axes.text(x + width / 2, y, text, ha="center", va="center", color="white" if lit else "#4b5563", zorder=3)
+def _box(
+    axes: Axes, x: float, y: float, width: float, height: float, text: str, lit: bool, colour: str
+) -> None:
+    face, ink = (colour, "white") if lit else (PALE, "#4b5563")
+    box = FancyBboxPatch((x, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.12")
+    box.set(facecolor=face, edgecolor=colour, linewidth=1.2, zorder=2)
+    axes.add_patch(box)
+    axes.text(x + width / 2, y, text, ha="center", va="center", color=ink, zorder=3)

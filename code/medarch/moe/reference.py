@@ -11,9 +11,11 @@ from medarch.moe.layer import MoELayer
 
 
 def moe_forward_reference(
-    layer: MoELayer, hidden_states: Float[Tensor, "*batch hidden"], mask: Bool[Tensor, "*batch"] | None = None
+    layer: MoELayer,
+    hidden_states: Float[Tensor, "*batch hidden"],
+    mask: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch hidden"]:
-    """What ``MoELayer.forward`` must return, and the gradients it must give, with the layer's own weights.
+    """What ``MoELayer.forward`` must return, with the gradients it must give.
 
     Args:
         layer: The layer whose weights are used.
@@ -46,6 +48,7 @@ def moe_forward_reference(
         output = torch.zeros_like(wide)
         for weight, expert in zip(weights[0], chosen[0].tolist(), strict=True):
             up_proj, down_proj = experts[expert]
-            output = output + weight * feed_forward(token, up_proj, down_proj, config.hidden_act)
+            answer = feed_forward(token, up_proj, down_proj, config.hidden_act)
+            output = output + weight * answer
         outputs.append(output.to(token.dtype))
     return torch.cat(outputs).reshape(hidden_states.shape)
