@@ -217,6 +217,8 @@ def note_evidence(app: Sphinx, docname: str, source: list[str]) -> None:
 
 def drop_deck_only(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Take what is for the lecture hall alone off the page."""
+    if getattr(app, "medarch_deck", None) == docname:  # this resolves the deck, not the page
+        return
     for box in list(doctree.findall(lambda node: isinstance(node, nodes.container) and "deck-only" in node.get("classes", []))):
         box.parent.remove(box)
 
@@ -226,8 +228,9 @@ def decks(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     for docname, metadata in list(app.env.metadata.items()):
         if not metadata.get("slides") or app.builder.name != "html":
             continue
-        doctree = app.env.get_doctree(docname)
+        doctree, app.medarch_deck = app.env.get_doctree(docname), docname  # type: ignore[attr-defined]
         app.env.apply_post_transforms(doctree, docname)
+        app.medarch_deck = None  # type: ignore[attr-defined]
         app.builder.current_docname = docname
         app.builder.imgpath = "../" * docname.count("/") + "_images"
         slides: list[tuple[str, list[str]]] = []
