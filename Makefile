@@ -61,9 +61,16 @@ setup: .venv/.ready
 	@$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock --no-build-isolation -e '.[book,test,audit]'
 	@touch $@
 
+# JupyterLab opens chapters as notebooks, and neither asks for news nor looks for updates.
+define LAB_SETTINGS
+{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Jupytext Notebook", "myst": "Jupytext Notebook"}},
+ "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
+endef
+export LAB_SETTINGS
+
 .venv/.lab: .venv/.ready
 	@$(BIN)/uv pip install -q --python $(BIN)/python -c requirements.lock --no-build-isolation -e '.[book,test,audit,lab]'
-	@$(BIN)/jupytext-config set-default-viewer myst markdown > /dev/null
+	@mkdir -p .venv/share/jupyter/lab/settings && echo "$$LAB_SETTINGS" > .venv/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 clean:  ## remove what was built (the environment stays)
