@@ -25,12 +25,12 @@ def fixture_book(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from medarch.site.chapters import Project
-    from medarch.site.execute import Running, run_chapter
+    from medarch.site.execute import run_chapter
     from medarch.site.recorded import record
 
     root = _copy(tmp_path_factory.mktemp("recorded") / "fixture")
     project = Project(root)
-    executed = {name: run_chapter(chapter, Running())[0] for name, chapter in project.chapters.items()}
+    executed = {name: run_chapter(chapter)[0] for name, chapter in project.chapters.items()}
     assert len(record(project, project.chapters.values(), executed)) == len(executed) == 2
     return root
 

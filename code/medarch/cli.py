@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,8 @@ import typer
 
 from medarch.site.chapters import BookError, Project
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Build, check and measure the book on emerging architectures for medical AI.")  # fmt: skip
+HELP = "Build, check and measure the book on emerging architectures for medical AI."
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 Names = Annotated[list[str] | None, typer.Argument(help="Chapters, such as moe/architecture; all where none is named.")]
 
 
@@ -85,7 +86,7 @@ def record(names: Names = None) -> None:
 
 @command
 def lint(names: Names = None) -> None:
-    """Check chapters: structure, alternative texts, exercises, labels, claims."""
+    """Check chapters: length, alternative texts, exercises, randomness."""
     from medarch.site.lint import lint as check
 
     project = Project.find()
@@ -97,11 +98,12 @@ def lint(names: Names = None) -> None:
 
 @command
 def export(folder: Path = Path("_build/notebooks")) -> None:
-    """Write the readers' notebooks."""
-    from medarch.site.export import export_all
+    """Bring the book up to date and write the readers' notebooks into a folder."""
+    from medarch.site.build import build_book
 
-    for path in export_all(Project.find(), folder):
-        say(str(path))
+    site = build_book(Project.find(), report=say)
+    shutil.copytree(site / "notebooks", folder, dirs_exist_ok=True)
+    say(f"The notebooks are in {folder}.")
 
 
 @command
@@ -147,7 +149,10 @@ def _free(port: int, target: str) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            print(f"Port {port} is taken: end what uses it, or choose another: make {target} PORT={port + 1}", file=sys.stderr)
+            print(
+                f"Port {port} is taken: end what uses it, or choose another: make {target} PORT={port + 1}",
+                file=sys.stderr,
+            )
             raise typer.Exit(1) from error
 
 

@@ -42,9 +42,7 @@ def said(capsys: pytest.CaptureFixture[str], label: Any, answer: Any) -> str:
         (None, 3, "not yet: no exercise of that name"),
     ],
 )
-def test_check_answers_in_one_line(
-    capsys: pytest.CaptureFixture[str], label: Any, answer: Any, told: str
-) -> None:
+def test_check_answers_in_one_line(capsys: pytest.CaptureFixture[str], label: Any, answer: Any, told: str) -> None:
     text = said(capsys, label, answer)
     assert text.startswith(told)
     assert text.count("\n") == 1

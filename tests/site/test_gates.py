@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -158,7 +159,11 @@ def test_a_changed_value_changes_the_pages_of_a_warm_build(fixture_book: Path) -
     assert (fixture_book / "_build/html/notebooks/demo/first.ipynb").is_file()
     # The text of the page stays as it is; only what a cell measures changes.
     edit(fixture_book / "book/claims.yml", "tolerance: 0.01", "tolerance: 1.0")
-    edit(fixture_book / "book/demo/first.md", "sum(faces) / len(faces))\n```\n\nThe mean", "sum(faces) / len(faces) + 0.7)\n```\n\nThe mean")
+    edit(
+        fixture_book / "book/demo/first.md",
+        "sum(faces) / len(faces))\n```\n\nThe mean",
+        "sum(faces) / len(faces) + 0.7)\n```\n\nThe mean",
+    )
     second = medarch(fixture_book, "build")
     assert second.returncode == 0, second.stdout + second.stderr
     assert 'is <span class="proved">4.2</span>' in page.read_text("utf8")
@@ -180,6 +185,28 @@ def test_a_broken_link_fails_every_build_and_spares_the_site(fixture_book: Path)
         assert "second.md" in broken.stderr
         assert "nowhere" in broken.stderr
     assert (fixture_book / "_build/html/book/demo/second.html").read_bytes() == before
+
+
+def test_what_sphinx_knows_to_be_wrong_fails_the_build(fixture_book: Path) -> None:
+    planted = {
+        "{emph}`throw`": 'Unknown interpreted text role "emph"',
+        "{cite:t}`pearson1901`": 'could not find bibtex key "pearson1901"',
+        "{ref}`frist`": "undefined label: 'frist'",
+        "[page](third.md)": "'third.md'",
+        "{claim}`dice-mean`": "book/claims.yml has no claim 'dice-mean'",
+        "{proved}`dice`": "no cell has proved the claim 'dice' in this build",
+        "```{notice}\n```": "Unknown directive type: 'notice'",
+        "![A die](../_static/dice.svg)": "image file not readable: book/_static/dice.svg",
+        "(first)=\nDuplicate": "duplicate label first",
+        "#### Deep": "Non-consecutive header level increase",
+        "- ```{code-cell} ipython3\n  2\n  ```": "code-cell",
+    }
+    page = fixture_book / "book/demo/second.md"
+    edit(page, "A cell's time is", "\n\n".join(planted) + "\n\nA cell's time is")
+    broken = medarch(fixture_book, "build")
+    assert broken.returncode == 1
+    told = re.sub(r"\x1b\[[0-9;]*m", "", broken.stderr)
+    assert [text for text in planted.values() if not re.search(rf"second\.md:\d+: .*{re.escape(text)}", told)] == []
 
 
 def test_a_dead_kernel_and_a_hanging_one_are_told_apart(fixture_book: Path) -> None:

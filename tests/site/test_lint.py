@@ -52,37 +52,23 @@ PROSE = "One throw of a die says little"
         (CODE, "import random\nrandom.shuffle(faces)", 1, "random.shuffle uses the global generator"),
         (CODE, "import time\nprint(time.perf_counter())", 1, "time.perf_counter reads the clock"),
         (CODE, "from datetime import datetime\ndatetime.now()", 1, "datetime.datetime.now reads the clock"),
-        (CODE, "import warnings\nwarnings.filterwarnings('ignore')", 1, "warnings.filterwarnings silences every warning"),  # noqa: E501
+        (CODE, "import warnings\nwarnings.filterwarnings('ignore')", 1, "warnings.filterwarnings silences every warning"),
         (CODE, "import requests", 0, "requests needs a network"),
         (CODE, "from urllib.request import urlopen", 0, "urllib needs a network"),
-        (CODE, "AutoModel.from_pretrained('gpt2', revision='x')", 0, "AutoModel.from_pretrained needs a network"),  # noqa: E501
-        (CODE, "from sklearn import datasets as d\nd.fetch_openml('x')", 1, "sklearn.datasets.fetch_openml needs a network"),  # noqa: E501
-        (CODE, "import matplotlib.pyplot as plt\nplt.plot(faces)", 1, "the cell draws without alternative text"),  # noqa: E501
+        (CODE, "AutoModel.from_pretrained('gpt2', revision='x')", 0, "AutoModel.from_pretrained needs a network"),
+        (CODE, "from sklearn import datasets as d\nd.fetch_openml('x')", 1, "sklearn.datasets.fetch_openml needs a network"),
+        (CODE, "import matplotlib.pyplot as plt\nplt.plot(faces)", 1, "the cell draws without alternative text"),
         (CODE, "from IPython.display import SVG\nSVG('')", 1, "the cell draws without alternative text"),
-        (CODE, 'prove("dice-mean", 3)', 0, "book/claims.yml has no claim 'dice-mean'"),
-        (CODE, 'from medarch.book.records import show_record\nshow_record("moe/x")', 1, "there is no record of 'moe/x'"),  # noqa: E501
         (":alt: A die that shows three.\n", "", -2, "the image ../_static/die.svg has no alternative text"),
         (PROSE, "![](../_static/die.svg) One", 0, "the image ../_static/die.svg has no alternative text"),
         (PROSE, "![A die](https://example.org/die.png) One", 0, "comes from elsewhere"),
-        (PROSE, "![A die](../_static/dice.svg) One", 0, "the file '../_static/dice.svg' does not exist"),
         (PROSE, "One \U0001f3b2", 0, "emoji '\U0001f3b2'"),
-        (PROSE, "One {claim}`dice-mean`", 0, "there is no claim 'dice-mean'"),
-        (PROSE, "One {proved}`dice:.1f`", 0, "there is no claim 'dice'"),
         (PROSE, "{claim}`dice-mean-is-four` " * 3, 36, "4 claims are discussed inline"),
-        (PROSE, "One {emph}`throw`", 0, "there is no role 'emph'"),
-        (PROSE, "One {cite:t}`pearson1901`", 0, "there is no entry in references.bib 'pearson1901'"),
-        (PROSE, "One {ref}`frist`", 0, "there is no label 'frist'"),
-        (PROSE, "One [page](third.md)", 0, "there is no page 'demo/third'"),
-        ("```{note}", "```{notice}", 0, "there is no directive 'notice'"),
-        ("## Exercises", "### Exercises", 0, "the heading jumps from level 1 to 3"),
         ("## Exercises", "# Exercises", 0, "the page has a second title"),
-        ("covers: [dice-slide]", "covers: [dice-side]", 0, "book/sources.yml has no section 'dice-side'"),
         (":class: predict", ":class: guess", -2, "exercise 'dice-two' has no known class"),
         ('@exercise("dice-two")\n', "", -8, "exercise 'dice-two' has 0 of its checker"),
         (":tags: [exercise]\n", "", -14, "exercise 'dice-two' has 0 of its starter"),
-        ("```python\nanswer = 2", "```\nanswer = 2", -4, "the solution of 'dice-two' has 0 Python blocks"),
-        (":label: dice-two", ":label: mean", -1, "the label 'mean' stands twice"),
-        ("No throw shows it.", "```{code-cell} ipython3\n2\n```", 0, "a code cell inside {slide} does not run"),  # noqa: E501
+        ("```python\nanswer = 2", "```\nanswer = 2", -23, "exercise 'dice-two' has 0 of its solution"),
     ],
 )  # fmt: skip
 def test_planted_fault_is_told(fixture_book: Path, old: str, new: str, offset: int, told: str) -> None:
@@ -110,17 +96,8 @@ def test_what_is_right_is_left_alone(fixture_book: Path, allowed: str) -> None:
     assert faults(fixture_book) == []
 
 
-def test_duplicate_label_across_pages(fixture_book: Path) -> None:
-    plant(fixture_book, "# What does a coin say?", "(first)=\n# What does a coin say?", "book/demo/second.md")
-    (fault,) = faults(fixture_book, ())
-    assert (fault.file, fault.line) == ("book/demo/second.md", 16)
-    assert "'first' stands twice (first at book/demo/first.md:16)" in fault.message
-
-
 @pytest.mark.parametrize(("words", "good"), [(1100, False), (1200, True), (2300, True), (2600, False)])
 def test_length_of_a_page(fixture_book: Path, words: int, good: bool) -> None:
     plant(fixture_book, PROSE, PROSE + " and" * words)
-    told = [
-        fault.message for fault in lint(Project(fixture_book), ["demo/first"]) if "words" in fault.message
-    ]
+    told = [fault.message for fault in lint(Project(fixture_book), ["demo/first"]) if "words" in fault.message]
     assert (told == []) is good

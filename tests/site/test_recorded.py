@@ -53,9 +53,7 @@ def test_unchanged_book_passes_and_every_kind_of_check_ran(nbval: Run, recorded_
         assert re.search(rf"PASSED {re.escape(item)}", text), text
 
 
-def test_changed_output_starter_that_passes_and_solution_that_fails_are_red(
-    nbval: Run, recorded_book: Path
-) -> None:
+def test_changed_output_starter_that_passes_and_solution_that_fails_are_red(nbval: Run, recorded_book: Path) -> None:
     stored = reference(Project(recorded_book), "demo/first")
     edit(stored, "faces: 6", "faces: 7")
     edit(recorded_book / FIRST, "answer = 2 * sum(faces) / len(faces)", "answer = sum(faces) / len(faces)")
@@ -92,10 +90,10 @@ def test_missing_and_empty_records_are_collection_errors(nbval: Run, recorded_bo
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ('print("faces:", len(faces))', 'print("faces:", 6)', "book/demo/first.md:34: the cell differs from the one recorded"),  # noqa: E501
-        (":tags: [slide]", ":tags: [slide, nbval-ignore-output]", "book/demo/first.md:51: the cell differs"),
+        ('print("faces:", len(faces))', 'print("faces:", 6)', "book/demo/first.md:34: the cell differs from the one recorded"),
+        (":tags: [slide]", ":tags: [slide, nbval-ignore-output]", "book/demo/first.md:52: the cell differs"),
         ("## Exercises", "```{code-cell} ipython3\n2 + 2\n```\n\n## Exercises", "the cell differs"),
-        ("## The lecture's", "```{code-cell} ipython3\n2 + 2\n```\n\n## The lecture's", "6 code cells, but tests/reference/demo/first.ipynb records 5"),  # noqa: E501
+        ("## The lecture's", "```{code-cell} ipython3\n2 + 2\n```\n\n## The lecture's", "6 code cells, but tests/reference/demo/first.ipynb records 5"),
     ],
 )  # fmt: skip
 def test_stale_record_is_told_by_cell(recorded_book: Path, old: str, new: str, told: str) -> None:
@@ -143,9 +141,9 @@ def test_record_keeps_text_of_checked_cells_alone_and_is_deterministic(recorded_
     one, two = (cell for cell in executed.cells if cell.cell_type == "code")
     display = nbformat.v4.new_output
     one.outputs = [
-        display("stream", name="stdout", text="a"), display("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"}),  # noqa: E501
+        display("stream", name="stdout", text="a"), display("display_data", {"image/png": "AAAA", "text/plain": "<Figure>"}),
         display("stream", name="stdout", text="b\n"),
-        display("display_data", {"application/papermill.record/text/plain": "1.0"}, metadata={"scrapbook": {"name": "x"}}),  # noqa: E501
+        display("display_data", {"application/papermill.record/text/plain": "1.0"}, metadata={"scrapbook": {"name": "x"}}),
         display("execute_result", {"text/plain": "3", "text/html": "<b>3</b>"}, execution_count=7),
     ]  # fmt: skip
     two.outputs = [display("stream", name="stdout", text="process 12\n")]

@@ -74,8 +74,7 @@ def test_other_admonitions_stay() -> None:
 
 def test_markup_is_mended() -> None:
     context = {
-        "metatags": '<meta name="viewport" content="width=1" />\n'
-        '<meta property="og:url" content="book/x.html" />\n',
+        "metatags": '<meta name="viewport" content="width=1" />\n<meta property="og:url" content="book/x.html" />\n',
         "body": '<section id="exercise-content">a</section><section id="exercise-content">b</section>'
         '<div role="list" class="citation-list"><div class="citation" role="doc-biblioentry">c</div></div>'
         '<input class="task-list-item-checkbox" disabled="disabled" type="checkbox">'

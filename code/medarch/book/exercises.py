@@ -1,7 +1,7 @@
 """Exercises whose answers the page checks: a starter says "not yet", a solution "correct", none raises.
 
-An exercise is four things of one label: the text (``{exercise}``), a checker in a hidden cell, a starter cell
-tagged ``exercise`` that calls :func:`check`, and a folded ``{solution}`` whose Python block can replace it.
+An exercise is four things of one label: the text (``{exercise}``), a checker in a hidden cell, a starter cell tagged
+``exercise`` that calls :func:`check`, and a folded ``{solution}`` whose Python block can replace it.
 """
 
 from __future__ import annotations
@@ -45,17 +45,13 @@ def _hint(label: str, answer: Any) -> str | None:
     except Exception as error:
         wanted = next(iter(inspect.signature(checker).parameters.values())).annotation
         kind = (
-            f"expected {_name(wanted)}"
-            if wanted is not inspect.Parameter.empty
-            else "expected another kind of answer"
+            f"expected {_name(wanted)}" if wanted is not inspect.Parameter.empty else "expected another kind of answer"
         )
         told = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return f"{kind}, and this is {_name(type(answer))} ({told})"
     if hint is None or isinstance(hint, str):
         return hint
-    return (
-        f"the checker of {label} returned {_name(type(hint))}; it must return a hint, or None if all is right"
-    )
+    return f"the checker of {label} returned {_name(type(hint))}; it must return a hint, or None if all is right"
 
 
 def _name(kind: Any) -> str:

@@ -1,7 +1,7 @@
-"""The house style of the book's figures: one rendering, legible on a phone, safe for the colour-blind, on a light plate.
+"""The house style of the book's figures: one rendering on a light plate, legible on a phone, safe for the colour-blind.
 
-Importing this module sets the style. A figure is drawn as SVG, so that it is sharp at any size; its text is drawn as paths,
-so that it looks the same everywhere.
+Importing this module sets the style. A figure is drawn as SVG, so that it is sharp at any size; its text is drawn as
+paths, so that it looks the same everywhere.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ STYLE: dict[str, Any] = {
 
 def use_style() -> None:
     """Apply the house style, and draw inline figures as SVG where the code runs in a notebook."""
-    matplotlib.rcParams.update(STYLE)
+    matplotlib.rcParams.update(STYLE)  # type: ignore[arg-type]
     with contextlib.suppress(ImportError, AttributeError):  # outside a notebook there is no inline backend
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 

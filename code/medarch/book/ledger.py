@@ -1,8 +1,8 @@
 """The ledger of claims: what the sources assert, what became of it, and the cell that proves it.
 
-A cell calls :func:`prove` with the number it has just measured. The verdict is printed, and the value leaves the kernel as
-an output in the form that ``myst_nb.glue`` writes, from which the build collects it. A value outside the claim's tolerance
-fails the cell, and so the build: the book cannot say one thing and measure another.
+A cell calls :func:`prove` with the number it has just measured. The verdict is printed, and the value leaves the
+kernel as an output in the form that ``myst_nb.glue`` writes, from which the build collects it. A value outside the
+claim's tolerance fails the cell, and so the build: the book cannot say one thing and measure another.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def find_book() -> Path:
     for folder in (start, *start.parents):
         if (folder / "_toc.yml").is_file():
             return folder / "book"
-    raise FileNotFoundError(f"no _toc.yml in {start} or above it: run this inside a clone of the book, or set MEDARCH_ROOT")
+    raise FileNotFoundError(
+        f"no _toc.yml in {start} or above it: run this inside a clone of the book, or set MEDARCH_ROOT"
+    )
 
 
 def parse_claims(text: str) -> dict[str, Claim]:
@@ -105,31 +107,45 @@ def parse_claims(text: str) -> dict[str, Claim]:
         entries = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or []
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise LedgerError([(mark.line + 1 if mark else 1, f"not valid YAML: {error}", "mend the line named")]) from error
+        raise LedgerError(
+            [(mark.line + 1 if mark else 1, f"not valid YAML: {error}", "mend the line named")]
+        ) from error
     lines = [node.start_mark.line + 1 for node in root.value] if root is not None else []
     known = {f.name for f in fields(Claim)} - {"line"}
     claims: dict[str, Claim] = {}
     for line, entry in zip(lines, entries, strict=True):
         name = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(name, str):
-            faults.append((line, "an entry is not a mapping with an id", "give it the fields that CONTRIBUTING.md lists"))
+            faults.append(
+                (line, "an entry is not a mapping with an id", "give it the fields that CONTRIBUTING.md lists")
+            )
             continue
         if name in claims:
-            faults.append((line, f"claim {name!r} stands twice (first at line {claims[name].line})", "rename or delete one"))
+            faults.append(
+                (line, f"claim {name!r} stands twice (first at line {claims[name].line})", "rename or delete one")
+            )
             continue
         missing = [key for key in ("section", "chapter", "claim", "kind", "evidence") if not entry.get(key)]
         unknown = sorted(set(entry) - known)
         if missing or unknown:
-            faults.append((line, f"claim {name!r}: missing {missing}, unknown {unknown}", "give each field its proper name"))
+            faults.append(
+                (line, f"claim {name!r}: missing {missing}, unknown {unknown}", "give each field its proper name")
+            )
             continue
         if entry.get("verdict") not in (None, *VERDICTS) or entry["evidence"] not in EVIDENCE:
-            faults.append((line, f"claim {name!r}: verdict {entry.get('verdict')!r}, evidence {entry['evidence']!r}",
-                           f"verdict is one of {', '.join(VERDICTS)}; evidence one of {', '.join(EVIDENCE)}"))  # fmt: skip
+            told = f"claim {name!r}: verdict {entry.get('verdict')!r}, evidence {entry['evidence']!r}"
+            faults.append((line, told, f"verdict is one of {', '.join(VERDICTS)}; evidence of {', '.join(EVIDENCE)}"))
             continue
         try:
             expect = Expectation(**entry["expect"]) if entry.get("expect") else None
         except TypeError:
-            faults.append((line, f"claim {name!r}: expect is {entry['expect']!r}", "write {value: , tolerance: } or {min: , max: }"))
+            faults.append(
+                (
+                    line,
+                    f"claim {name!r}: expect is {entry['expect']!r}",
+                    "write {value: , tolerance: } or {min: , max: }",
+                )
+            )
             continue
         lists = {key: tuple(entry.get(key) or ()) for key in ("sources", "also")}
         claims[name] = Claim(**{**entry, **lists, "expect": expect, "line": line})
@@ -143,7 +159,7 @@ def load_claims(book: Path | None = None) -> dict[str, Claim]:
     return parse_claims(((book or find_book()) / "claims.yml").read_text("utf8"))
 
 
-class Disproved(AssertionError):
+class Disproved(AssertionError):  # noqa: N818  (a verdict, as it is printed)
     """A measured value lies outside what the ledger says of the claim."""
 
 

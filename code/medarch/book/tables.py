@@ -1,4 +1,4 @@
-"""A small table as a cell's result: a real table on the page, aligned text in a terminal and in the recorded outputs."""
+"""A small table as a cell's result: a table on the page, aligned text in a terminal and in the recorded outputs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ class Table:
     def __repr__(self) -> str:
         widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
         return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(field.rjust(width) for field, width in zip(row[1:], widths[1:], strict=True))])
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(field.rjust(width) for field, width in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
             for row in self.rows
         )

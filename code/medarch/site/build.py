@@ -1,7 +1,7 @@
-"""``make book``: execute what changed, hold the claims to their evidence, build the site, and only then put it in place.
+"""``make book``: execute what changed, hold the claims to their evidence, build the site, then put it in place.
 
-Everything happens beside the published site, which is exchanged in one step at the end. A build that fails, is killed or
-runs out of disk leaves the last good site whole.
+Everything happens beside the published site, which is exchanged in one step at the end. A build that fails, is killed
+or runs out of disk leaves the last good site whole.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from medarch.site.chapters import BookError, Fault, Project
+from medarch.site.chapters import BookError, Project
+from medarch.site.digest import chapter_digest
 from medarch.site.evidence import check, collect, read_claims
-from medarch.site.execute import Report, execute
+from medarch.site.execute import Report, Store, execute
 
 
 @contextlib.contextmanager
@@ -36,17 +36,26 @@ def alone(project: Project) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
-            raise BookError(Fault("_build/lock", 1, f"another build of this book is running (process {handle.read().strip() or 'unknown'})",
-                                  "wait for it, or end it; nothing of it is lost")) from None  # fmt: skip
+            told = f"another build of this book is running (process {handle.read().strip() or 'unknown'})"
+            raise BookError.at("_build/lock", 1, told, "wait for it, or end it; nothing of it is lost") from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
         yield
 
 
-def build_book(
-    project: Project, *, force: bool = False, workers: int | None = None, report: Report = print
-) -> Path:
+@contextlib.contextmanager
+def _disk(project: Project) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remedy = "free some space and build again; finished chapters and the last good site are kept"
+        raise BookError.at("_build", 1, f"the disk is full ({error.filename or project.build})", remedy) from error
+
+
+def build_book(project: Project, *, force: bool = False, workers: int | None = None, report: Report = print) -> Path:
     """Bring the whole book up to date.
 
     Returns:
@@ -59,27 +68,15 @@ def build_book(
         start = time.perf_counter()
         claims = read_claims(project)
         notebooks = execute(project, project.chapters.values(), claims, workers=workers, force=force, report=report)
-        faults = check(project, claims, collect(project, notebooks))
-        if faults:
+        if faults := check(project, claims, collect(project, notebooks)):
             raise BookError(faults)
         executed = time.perf_counter()
-        work = project.build / "work"
-        run_sphinx(project, work)
-        _notebooks(project, work / "html")
-        publish(work / "html", project.html)
-        report(f"Chapters up to date in {executed - start:.1f} s, site built in {time.perf_counter() - executed:.1f} s.")
+        run_sphinx(project, project.build / "work")
+        publish(project.build / "work" / "html", project.html)
+        report(
+            f"Chapters up to date in {executed - start:.1f} s, site built in {time.perf_counter() - executed:.1f} s."
+        )
     return project.html
-
-
-@contextlib.contextmanager
-def _disk(project: Project) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise BookError(Fault("_build", 1, f"the disk is full ({error.filename or project.build})",
-                              "free some space and build again; finished chapters and the last good site are kept")) from error  # fmt: skip
 
 
 def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: Iterable[str] = ()) -> None:
@@ -94,7 +91,7 @@ def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: It
     """
     from jupyter_book.sphinx import build_sphinx
 
-    overrides: dict[str, Any] = {
+    overrides = {
         "latex_individualpages": False,  # jupyter-book's own command line always sets it
         "nb_execution_mode": "cache",
         "nb_execution_cache_path": str(project.cache),
@@ -108,22 +105,22 @@ def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: It
     work.mkdir(parents=True, exist_ok=True)
     mark.touch()
     status = build_sphinx(
-        project.root, work / "html", path_config=project.root / "_config.yml", doctreedir=work / "doctrees",
-        confoverrides=overrides, warningiserror=strict, keep_going=True, quiet=True, noconfig=True,
-    )  # fmt: skip
-    if isinstance(status, OSError) and status.errno == errno.ENOSPC:
-        raise status
-    if isinstance(status, KeyboardInterrupt):
+        project.root,
+        work / "html",
+        path_config=project.root / "_config.yml",
+        doctreedir=work / "doctrees",
+        confoverrides=overrides,
+        warningiserror=strict,
+        keep_going=True,
+        quiet=True,
+        noconfig=True,
+    )
+    if isinstance(status, KeyboardInterrupt) or getattr(status, "errno", None) == errno.ENOSPC:
         raise status
     if status:
-        raise BookError(Fault("book", 1, "the pages have faults: Sphinx's messages above name file and line", "mend each and build again"))
+        told = "the pages have faults: Sphinx's messages above name file and line"
+        raise BookError.at("book", 1, told, "mend each and build again")
     mark.unlink()
-
-
-def _notebooks(project: Project, html: Path) -> None:
-    from medarch.site.export import export_all
-
-    export_all(project, html / "notebooks")
 
 
 def publish(built: Path, site: Path) -> None:
@@ -149,19 +146,19 @@ def publish(built: Path, site: Path) -> None:
 def preview(project: Project, name: str, port: int, report: Report = print) -> None:
     """Serve one chapter executed, and rebuild its page whenever a file of the book is saved.
 
-    Cells run only when they or what they stand on have changed; other chapters keep the outputs of the last build, or are
-    shown without. The pages are those of the whole book, so cross-references work.
+    Cells run only when they or what they stand on have changed; other chapters keep the outputs of the last build, or
+    are shown without. The pages are those of the whole book, so cross-references work.
     """
     import uvicorn
     from sphinx_autobuild.__main__ import _create_app
     from sphinx_autobuild.filter import IgnoreFilter
 
-    work = project.build / "preview"
     rebuild = Rebuild(project.root, name)
-    rebuild(changed_paths=())
-    address = f"127.0.0.1:{port}"
-    ignore = IgnoreFilter([project.build, project.root / ".venv", project.root / ".git"], [r"\.part$", r"__pycache__", r"/\.", r"~$"])
-    app = _create_app([project.book, project.root / "code", project.root / "_toc.yml"], ignore, rebuild, work / "html", address)
+    rebuild()
+    address, html = f"127.0.0.1:{port}", project.build / "preview" / "html"
+    built = [project.build, project.root / ".venv", project.root / ".git"]
+    ignore = IgnoreFilter(built, [r"\.part$", r"__pycache__", r"/\.", r"~$"])
+    app = _create_app([project.book, project.root / "code", project.root / "_toc.yml"], ignore, rebuild, html, address)
     report(f"http://{address}/book/{name}.html  (Ctrl-C ends the preview)")
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
@@ -174,23 +171,19 @@ class Rebuild:
 
     def __call__(self, *, changed_paths: Iterable[Path] = ()) -> None:
         """Execute the chapter if it is stale, then build the pages; faults are printed, never raised."""
-        start = time.perf_counter()
-        project = Project(self.root)
+        start, project = time.perf_counter(), Project(self.root)
         try:
             with alone(project):
-                from medarch.site.digest import chapter_digest
-                from medarch.site.execute import Store
-
                 claims, store = read_claims(project), Store(project)
                 notebooks = execute(project, project.pick([self.name]), claims)
-                stale = []
-                for name, chapter in project.chapters.items():
-                    if name not in notebooks:
-                        kept = store.current(chapter, chapter_digest(project, chapter, claims))
-                        stale.append(name) if kept is None else notebooks.update({name: kept})
+                for chapter in project.chapters.values():
+                    digest = chapter_digest(project, chapter, claims)
+                    if kept := notebooks.get(chapter.name) or store.current(chapter, digest):
+                        notebooks[chapter.name] = kept
                 for fault in check(project, claims, collect(project, notebooks)):
                     print(fault, file=sys.stderr)
-                run_sphinx(project, project.build / "preview", strict=False, without=stale)
+                without = set(project.chapters) - set(notebooks)
+                run_sphinx(project, project.build / "preview", strict=False, without=sorted(without))
             print(f"Rebuilt in {time.perf_counter() - start:.1f} s.")
         except (BookError, OSError) as error:
             print(error, file=sys.stderr)

@@ -1,7 +1,7 @@
 """The project's folders, its table of contents and its chapters, read once and checked at the door.
 
-A *page* is any markdown file in ``_toc.yml``; a *chapter* is a page with the jupytext header, that is, a notebook. Every
-fault found in one is a :class:`Fault`, with file, line and remedy, so that an author is never left to search.
+A *page* is any markdown file in ``_toc.yml``; a *chapter* is a page with the jupytext header, that is, a notebook.
+Every fault found in one is a :class:`Fault`, with file, line and remedy, so that an author is never left to search.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import nbformat
 import yaml
 
 MAX_SECONDS, MAX_LAB_SECONDS, MAX_BOOK_SECONDS = 25, 45, 600
+FIELDS = ("seconds", "covers", "requires", "description", "bloom")
 
 
 @dataclass(frozen=True, order=True)
@@ -37,47 +38,47 @@ class Fault:
 class BookError(Exception):
     """One or more faults of the book; ``str()`` lists them all."""
 
-    def __init__(self, faults: Fault | Iterable[Fault]):
-        self.faults = [faults] if isinstance(faults, Fault) else sorted(set(faults))
+    def __init__(self, faults: Iterable[Fault]):
+        self.faults = sorted(set(faults))
         super().__init__("\n".join(str(fault) for fault in self.faults))
+
+    @classmethod
+    def at(cls, file: str, line: int, message: str, remedy: str) -> BookError:
+        """The error of a single fault."""
+        return cls([Fault(file, line, message, remedy)])
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """A page that is a notebook: its name (``moe/architecture``), file, metadata and cells."""
+    """A page that is a notebook: its name (``moe/architecture``), path from the root, metadata, cells and text."""
 
     name: str
-    path: Path
+    file: str
     root: Path
     meta: dict[str, Any]
     notebook: nbformat.NotebookNode = field(repr=False, compare=False)
+    text: str = field(repr=False, compare=False)
 
     @property
-    def file(self) -> str:
-        """The chapter's path from the root of the project, as messages name it."""
-        return self.path.relative_to(self.root).as_posix()
+    def path(self) -> Path:
+        """The chapter's file."""
+        return self.root / self.file
 
     @property
     def seconds(self) -> float:
         """The processor time that the chapter says it needs at most, kernel start included."""
         return float(self.meta["seconds"])
 
-    @property
+    @cached_property
     def code_cells(self) -> list[tuple[int, nbformat.NotebookNode]]:
-        """Each code cell with the line of the file on which its first line of code or option stands."""
-        lines = self.notebook.metadata["source_map"]
-        return [
-            (line + 1, cell)
-            for line, cell in zip(lines, self.notebook.cells, strict=True)
-            if cell.cell_type == "code"
-        ]
-
-    @property
-    def source(self) -> str:
-        """All code of the chapter, with IPython's magics as comments so that it parses as Python."""
-        return "\n".join(
-            re.sub(r"(?m)^(\s*)([%!])", r"\1# \2", cell.source) for _, cell in self.code_cells
-        )
+        """Each code cell with the line of the file on which its code begins, after its options."""
+        lines, found = self.text.splitlines(), []
+        for start, cell in zip(self.notebook.metadata["source_map"], self.notebook.cells, strict=True):
+            if cell.cell_type == "code":
+                first = (cell.source.splitlines() or [""])[0].strip()
+                line = next((n for n in range(start, len(lines)) if lines[n].strip() == first), start)
+                found.append((line + 1, cell))
+        return found
 
 
 class Project:
@@ -88,6 +89,9 @@ class Project:
         self.book = self.root / "book"
         self.build = self.root / "_build"
         self.device = os.environ.get("MEDARCH_DEVICE", "cpu")
+        self.cache = self.build / "cache" / self.device  # jupyter-cache's; outputs differ between classes of device
+        self.evidence = self.build / "evidence"  # what the current run of each chapter measured
+        self.html = self.build / "html"  # the finished site
 
     @classmethod
     def find(cls) -> Project:
@@ -100,25 +104,8 @@ class Project:
         for folder in (start, *start.parents):
             if (folder / "_toc.yml").is_file():
                 return cls(folder)
-        raise BookError(
-            Fault(str(start), 1, "there is no book here: no _toc.yml in this folder or above it",
-                  "change into the clone of the book, or set MEDARCH_ROOT to it")
-        )  # fmt: skip
-
-    @property
-    def cache(self) -> Path:
-        """jupyter-cache's folder; one for each class of device, since outputs differ between them."""
-        return self.build / "cache" / self.device
-
-    @property
-    def evidence(self) -> Path:
-        """What the current run of each chapter measured, one JSON file a chapter."""
-        return self.build / "evidence"
-
-    @property
-    def html(self) -> Path:
-        """The finished site."""
-        return self.build / "html"
+        told = "there is no book here: no _toc.yml in this folder or above it"
+        raise BookError.at(str(start), 1, told, "change into the clone of the book, or set MEDARCH_ROOT to it")
 
     @cached_property
     def toc(self) -> list[str]:
@@ -127,30 +114,16 @@ class Project:
         Raises:
             BookError: for a page that is listed twice or has no file.
         """
-        path = self.root / "_toc.yml"
-        text = path.read_text("utf8")
-        names: list[str] = []
-        faults = []
-
-        def walk(node: Any) -> None:
-            if isinstance(node, dict):
-                for key in ("root", "file"):
-                    if isinstance(node.get(key), str):
-                        names.append(node[key].removeprefix("book/").removesuffix(".md"))
-                for value in node.values():
-                    walk(value)
-            elif isinstance(node, list):
-                for value in node:
-                    walk(value)
-
-        walk(yaml.safe_load(text))
+        text, faults = (self.root / "_toc.yml").read_text("utf8"), []
+        names = [name.removeprefix("book/").removesuffix(".md") for name in _files(yaml.safe_load(text))]
+        written = [path.relative_to(self.book).with_suffix("").as_posix() for path in self.book.rglob("*.md")]
         for name in names:
             line = line_of(text, f"book/{name}")
             if names.count(name) > 1:
                 faults.append(Fault("_toc.yml", line, f"{name} is listed twice", "keep one of the two entries"))
             if not self.page(name).is_file():
-                near = _nearest(name, self._written())
-                faults.append(Fault("_toc.yml", line, f"book/{name}.md does not exist", f"write it or correct the name{near}"))
+                remedy = f"write it or correct the name{nearest(name, written)}"
+                faults.append(Fault("_toc.yml", line, f"book/{name}.md does not exist", remedy))
         if faults:
             raise BookError(faults)
         return names
@@ -158,9 +131,6 @@ class Project:
     def page(self, name: str) -> Path:
         """The file of a page."""
         return self.book / f"{name}.md"
-
-    def _written(self) -> list[str]:
-        return [p.relative_to(self.book).with_suffix("").as_posix() for p in self.book.rglob("*.md")]
 
     @cached_property
     def chapters(self) -> dict[str, Chapter]:
@@ -172,7 +142,7 @@ class Project:
         found, faults = {}, []
         for name in self.toc:
             try:
-                chapter = read_chapter(self.root, name, self.page(name))
+                chapter = read_chapter(self.root, name)
             except BookError as error:
                 faults.extend(error.faults)
                 continue
@@ -180,8 +150,10 @@ class Project:
                 found[name] = chapter
         total = sum(chapter.seconds for chapter in found.values())
         if total > MAX_BOOK_SECONDS:
-            faults.append(Fault("_toc.yml", 1, f"the chapters declare {total:g} s together, and {MAX_BOOK_SECONDS} s is the limit",
-                                "move the slowest cells into records (see CONTRIBUTING.md, Records)"))  # fmt: skip
+            told = f"the chapters declare {total:g} s together, and {MAX_BOOK_SECONDS} s is the limit"
+            faults.append(
+                Fault("_toc.yml", 1, told, "move the slowest cells into records (see CONTRIBUTING.md, Records)")
+            )
         if faults:
             raise BookError(faults)
         return found
@@ -196,28 +168,32 @@ class Project:
         for name in names:
             short = name.removeprefix("book/").removesuffix(".md")
             if short not in self.chapters:
-                raise BookError(
-                    Fault("_toc.yml", 1, f"there is no chapter {name!r}",
-                          f"name one of the table of contents{_nearest(short, self.chapters)}")
-                )  # fmt: skip
+                remedy = f"name one of the table of contents{nearest(short, self.chapters)}"
+                raise BookError.at("_toc.yml", 1, f"there is no chapter {name!r}", remedy)
             picked.append(self.chapters[short])
         return picked or list(self.chapters.values())
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _files(node: Any) -> Iterator[str]:
+    """Every file that a piece of the table of contents names."""
+    if isinstance(node, dict):
+        yield from (node[key] for key in ("root", "file") if key in node)
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _files(child)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a remedy: the known names that resemble a wrong one."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
 def line_of(text: str, needle: str) -> int:
     """The first line of ``text`` that holds ``needle``, counted from one; 1 where none does."""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if needle in line:
-            return number
-    return 1
+    return next((number for number, line in enumerate(text.splitlines(), start=1) if needle in line), 1)
 
 
-def read_chapter(root: Path, name: str, path: Path) -> Chapter | None:
+def read_chapter(root: Path, name: str) -> Chapter | None:
     """Read a page as a chapter; ``None`` where it is a plain page.
 
     Raises:
@@ -225,40 +201,33 @@ def read_chapter(root: Path, name: str, path: Path) -> Chapter | None:
             ``medarch:`` metadata.
     """
     # myst-nb takes half a second to import: commands that read no chapter should not wait for it.
-    from myst_nb.core.config import NbParserConfig  # noqa: F401  (fails early where the installation is broken)
     from myst_nb.core.read import is_myst_markdown_notebook, read_myst_markdown_notebook
 
-    text, file = path.read_text("utf8"), path.relative_to(root).as_posix()
+    file = f"book/{name}.md"
+    text = (root / file).read_text("utf8")
     if not is_myst_markdown_notebook(text):
-        if "{code-cell}" in text and re.search(r"(?m)^```+\{code-cell\}", text):
-            raise BookError(
-                Fault(file, 1, "the page has code cells but no jupytext header, so they would never run",
-                      "begin with the front matter that `medarch new-chapter` writes (jupytext, kernelspec, medarch)")
-            )  # fmt: skip
+        if re.search(r"(?m)^```+\{code-cell\}", text):
+            told = "the page has code cells but no jupytext header, so they would never run"
+            remedy = "begin with the front matter that `medarch new-chapter` writes (jupytext, kernelspec, medarch)"
+            raise BookError.at(file, 1, told, remedy)
         return None
     try:
-        notebook = read_myst_markdown_notebook(text, add_source_map=True, path=path)
+        notebook = read_myst_markdown_notebook(text, add_source_map=True, path=root / file)
     except Exception as error:
-        match = re.search(r"line (\d+)", str(error))
-        raise BookError(
-            Fault(file, int(match[1]) if match else 1, f"the page cannot be read as a notebook: {error}",
-                  "mend the front matter or the cell that the message names")
-        ) from error  # fmt: skip
-    meta = notebook.metadata.get("medarch") or {}
-    line = line_of(text, "medarch:")
-    faults = []
-    lab = name.startswith("labs/")
-    limit = MAX_LAB_SECONDS if lab else MAX_SECONDS
-    seconds = meta.get("seconds")
+        match, told = re.search(r"line (\d+)", str(error)), f"the page cannot be read as a notebook: {error}"
+        remedy = "mend the front matter or the cell that the message names"
+        raise BookError.at(file, int(match[1]) if match else 1, told, remedy) from error
+    meta, faults = notebook.metadata.get("medarch") or {}, []
+    kind, limit = ("lab", MAX_LAB_SECONDS) if name.startswith("labs/") else ("chapter", MAX_SECONDS)
+    seconds, covers = meta.get("seconds"), meta.get("covers")
     if not isinstance(seconds, int | float) or not 0 < seconds <= limit:
-        faults.append(Fault(file, line, f"medarch.seconds is {seconds!r}; a {'lab' if lab else 'chapter'} declares more than 0 and at most {limit}",
-                            "measure with `medarch build` and declare, or move slow work into a record"))  # fmt: skip
-    if not isinstance(meta.get("covers"), list):
-        faults.append(Fault(file, line, f"medarch.covers is {meta.get('covers')!r}; it lists the sections of the sources that the chapter covers",
-                            "write a list of ids from book/sources.yml, or [] where it covers none"))  # fmt: skip
-    if unknown := set(meta) - {"seconds", "covers", "requires", "description", "bloom"}:
-        faults.append(Fault(file, line, f"unknown medarch metadata: {', '.join(sorted(unknown))}",
-                            "use seconds, covers, requires, description or bloom"))  # fmt: skip
+        told = f"medarch.seconds is {seconds!r}; a {kind} declares more than 0 and at most {limit}"
+        faults.append((told, "measure with `medarch build` and declare, or move slow work into a record"))
+    if not isinstance(covers, list):
+        told = f"medarch.covers is {covers!r}; it lists the sections of the sources that the chapter covers"
+        faults.append((told, "write a list of ids from book/sources.yml, or [] where it covers none"))
+    if unknown := set(meta) - set(FIELDS):
+        faults.append((f"unknown medarch metadata: {', '.join(sorted(unknown))}", f"use {', '.join(FIELDS)}"))
     if faults:
-        raise BookError(faults)
-    return Chapter(name, path, root, dict(meta), notebook)
+        raise BookError(Fault(file, line_of(text, "medarch:"), *fault) for fault in faults)
+    return Chapter(name, file, root, dict(meta), notebook, text)

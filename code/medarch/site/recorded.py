@@ -1,13 +1,12 @@
-"""``pytest --nbval book``: each chapter run anew, as its readers' notebook, against its recorded outputs.
+"""``pytest --nbval book``: each chapter run anew and compared with its recorded outputs.
 
-A pytest plugin over nbval. One execution serves three checks: the checked cells print what is recorded, the
-exported notebook runs, and each exercise's starter says "not yet" and its solution "correct". What compares
-nothing (a missing, stale or empty record, a run without a comparison) is an error; nbval alone lets it pass.
+A pytest plugin over nbval. One execution serves two checks: the checked cells print what is recorded, and each
+exercise's starter says "not yet" and its solution "correct". What compares nothing (a missing, stale or empty record,
+a run without a comparison) is an error; nbval alone lets it pass.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,13 +16,15 @@ from typing import Any
 import nbformat
 import pytest
 from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 from nbval.kernel import CURRENT_ENV_KERNEL_NAME, RunningKernel, start_new_kernel
 from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams, find_metadata_tags
 
-from medarch.site.chapters import BookError, Chapter, Fault, Project, read_chapter
-from medarch.site.execute import THREADS, write_if_changed
-from medarch.site.export import export_notebook
+from medarch.site.chapters import BookError, Chapter, Project, read_chapter
+from medarch.site.execute import kernel_environment, write_if_changed
 from medarch.site.markup import exercises
+
+SAYS = {"starter": "not yet: ", "solution": "correct: "}
 
 
 def reference(project: Project, name: str) -> Path:
@@ -36,13 +37,13 @@ def comparable(outputs: Iterable[Any]) -> list[NotebookNode]:
     kept = []
     for output in coalesce_streams([nbformat.from_dict(dict(output)) for output in outputs]):
         if output.output_type == "stream":
-            kept.append(nbformat.v4.new_output("stream", name=output.name, text=output.text))
+            kept.append(new_output("stream", name=output.name, text=output.text))
         elif output.output_type == "error":
-            kept.append(nbformat.v4.new_output("error", ename=output.ename, evalue=output.evalue))
+            kept.append(new_output("error", ename=output.ename, evalue=output.evalue))
         elif "scrapbook" not in output.metadata:
             image = next((mime for mime in output.data if mime.startswith("image/")), None)
             text = f"({image})" if image else output.data.get("text/plain", "")
-            kept.append(nbformat.v4.new_output("display_data", {"text/plain": text}))
+            kept.append(new_output("display_data", {"text/plain": text}))
     return kept
 
 
@@ -53,46 +54,62 @@ def says(outputs: Iterable[Any]) -> bool:
 
 def recorded(chapter: Chapter, executed: NotebookNode) -> NotebookNode:
     """The small notebook that stands for a run: all code, and the comparable outputs of checked cells."""
-    runs = [cell for cell in executed.cells if cell.cell_type == "code"]
-    cells = []
+    runs, cells = [cell for cell in executed.cells if cell.cell_type == "code"], []
     for number, ((_, cell), run) in enumerate(zip(chapter.code_cells, runs, strict=True)):
-        tags = list(cell.metadata.get("tags", []))
-        kept = nbformat.v4.new_code_cell(
-            cell.source, id=f"cell-{number}", metadata={"tags": tags} if tags else {}
-        )
-        options = dict(find_metadata_tags(cell.metadata))
+        tags, options = list(cell.metadata.get("tags", [])), dict(find_metadata_tags(cell.metadata))
+        kept = new_code_cell(cell.source, id=f"cell-{number}", metadata={"tags": tags} if tags else {})
         if options.get("check", True) and not options.get("skip"):
             kept.update(outputs=comparable(run.outputs), execution_count=1)
         cells.append(kept)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel})
 
 
 def record(project: Project, chapters: Iterable[Chapter], executed: Mapping[str, NotebookNode]) -> list[Path]:
     """Write the recorded notebooks of executed chapters, and return those that changed, for review."""
-    changed = []
-    for chapter in chapters:
-        path = reference(project, chapter.name)
-        text = nbformat.writes(recorded(chapter, executed[chapter.name])) + "\n"
-        if write_if_changed(path, text):
-            changed.append(path)
-    return changed
+    texts = {
+        reference(project, chapter.name): nbformat.writes(recorded(chapter, executed[chapter.name])) + "\n"
+        for chapter in chapters
+    }
+    return [path for path, text in texts.items() if write_if_changed(path, text)]
+
+
+def load_recorded(project: Project, chapter: Chapter) -> NotebookNode:
+    """A chapter's recorded notebook, if it is there and belongs to the chapter as it stands."""
+    path = reference(project, chapter.name)
+    file, remedy = path.relative_to(project.root).as_posix(), f"run `medarch record {chapter.name}` and review the diff"
+    if not path.is_file():
+        raise BookError.at(file, 1, f"{chapter.file} has no recorded outputs", remedy)
+    try:
+        stored = nbformat.read(path, as_version=4)
+    except Exception as error:
+        raise BookError.at(file, 1, f"the recorded outputs cannot be read: {error}", remedy) from error
+    for (line, cell), kept in zip(chapter.code_cells, stored.cells, strict=False):
+        if (cell.source, cell.metadata.get("tags", [])) != (kept.source, kept.metadata.get("tags", [])):
+            raise BookError.at(chapter.file, line, f"the cell differs from the one recorded in {file}", remedy)
+    ours, theirs = len(chapter.code_cells), len(stored.cells)
+    if ours != theirs:
+        raise BookError.at(chapter.file, 1, f"{ours} code cells, but {file} records {theirs}", remedy)
+    return stored
 
 
 class Kernel(RunningKernel):
     """nbval's kernel, started as the executor starts its own: one thread each, no warnings of ipykernel's."""
 
     def __init__(self, root: Path, folder: Path, timeout: float):
-        environment = {**os.environ, **THREADS, "PYTHONHASHSEED": "0", "MEDARCH_ROOT": str(root)}
-        environment.pop("MPLBACKEND", None)
-        start = {"cwd": str(folder), "env": environment, "stderr": subprocess.DEVNULL}
-        start["extra_arguments"] = ["--log-level=ERROR"]
-        self.km, self.kc = start_new_kernel(timeout, CURRENT_ENV_KERNEL_NAME, **start)
+        self.km, self.kc = start_new_kernel(
+            timeout,
+            CURRENT_ENV_KERNEL_NAME,
+            cwd=str(folder),
+            env=kernel_environment(root),
+            stderr=subprocess.DEVNULL,
+            extra_arguments=["--log-level=ERROR"],
+        )
         self._ensure_iopub_up()
 
 
 class ChapterCell(IPyNbCell):
-    """A cell of the exported chapter, compared with its record."""
+    """A cell of the chapter, compared with its record."""
 
     line = 1
 
@@ -114,14 +131,13 @@ class ChapterCell(IPyNbCell):
 class ExerciseCell(ChapterCell):
     """A starter or a solution, in a copy of the chapter's namespace; its verdicts must be as they should."""
 
-    wanted = ""
-
     def compare_outputs(self, test: list[Any], ref: list[Any], skip_compare: Any = None) -> bool:
+        wanted = SAYS[self.name.split(" ")[0]]
         printed = "".join(output.get("text", "") for output in test).strip()
-        verdicts = [line for line in printed.splitlines() if line.startswith(("not yet: ", "correct: "))]
-        if not verdicts or not all(line.startswith(self.wanted) for line in verdicts):
-            told = f"{self.name} printed {printed!r} and should say {self.wanted!r}"
-            raise BookError(Fault(str(self.path), self.line, told, "mend its checker, starter or solution"))
+        verdicts = [line for line in printed.splitlines() if line.startswith(tuple(SAYS.values()))]
+        if not verdicts or not all(line.startswith(wanted) for line in verdicts):
+            told = f"{self.name} printed {printed!r} and should say {wanted[:-2]!r}"
+            raise BookError.at(str(self.path), self.line, told, "mend its checker, starter or solution")
         return True
 
 
@@ -130,95 +146,47 @@ class ChapterFile(IPyNbFile):
 
     def collect(self) -> Iterator[IPyNbCell]:
         project = Project(self.config.rootpath)
-        self.chapter = name = self.path.relative_to(project.book).with_suffix("").as_posix()
+        self.chapter = self.path.relative_to(project.book).with_suffix("").as_posix()
         try:
-            chapter = read_chapter(project.root, name, self.path) if name in project.toc else None
-            if chapter is None:
-                return
-            yield from self._cells(chapter, load_recorded(project, chapter))
+            chapter = read_chapter(project.root, self.chapter) if self.chapter in project.toc else None
+            if chapter is not None:
+                yield from self._cells(chapter, load_recorded(project, chapter))
         except BookError as error:
             raise self.CollectError(str(error)) from error
 
     def _cells(self, chapter: Chapter, stored: NotebookNode) -> Iterator[IPyNbCell]:
-        exported = [cell for cell in export_notebook(chapter).cells if cell.cell_type == "code"]
-        found = []
-        for number, ((line, _), cell, kept) in enumerate(
-            zip(chapter.code_cells, exported, stored.cells, strict=True)
-        ):
-            cell.update(outputs=kept.outputs, execution_count=kept.execution_count)
-            options = defaultdict(bool, find_metadata_tags(cell.metadata))
-            options.setdefault("check", self.compare_outputs)
-            found.append(
-                self._cell(ChapterCell, f"cell {number + 1} (line {line})", number, cell, options, line)
-            )
-        if not any(item.options["check"] and says(item.cell.outputs) for item in found):
+        compared = False
+        for number, ((line, _), cell) in enumerate(zip(chapter.code_cells, stored.cells, strict=True)):
+            options = {"check": self.compare_outputs, **dict(find_metadata_tags(cell.metadata))}
+            compared = compared or (options["check"] and says(cell.outputs))
+            yield self._cell(ChapterCell, f"cell {number + 1} (line {line})", number, cell, options, line)
+        if not compared:
             lax = "" if self.compare_outputs else " (--nbval-lax compares those tagged nbval-check-output)"
-            told = f"no cell of the chapter is compared with its record{lax}"
             remedy = "let a checked cell print what must not drift, then `medarch record`"
-            raise BookError(Fault(chapter.file, 1, told, remedy))
-        yield from found
+            raise BookError.at(chapter.file, 1, f"no cell of the chapter is compared with its record{lax}", remedy)
         for label, parts in exercises(chapter).items():
-            pieces = [(line, "starter", source) for line, source in parts.starters]
-            pieces += [(line, "solution", source) for line, code in parts.solutions for source in code]
-            for line, kind, source in pieces:
-                code = f"exec(compile({source!r}, {f'<{kind} of {label}>'!r}, 'exec'), dict(globals()))"
-                cell = nbformat.v4.new_code_cell(code, execution_count=1)
-                item = self._cell(
-                    ExerciseCell, f"{kind} of {label}", len(found), cell, defaultdict(bool, check=True), line
-                )
-                item.wanted = "not yet" if kind == "starter" else "correct"
-                yield item
+            for kind in SAYS:
+                for line, source in parts[kind]:
+                    code = f"exec(compile({source!r}, {f'<{kind} of {label}>'!r}, 'exec'), dict(globals()))"
+                    cell = new_code_cell(code, execution_count=1)
+                    yield self._cell(ExerciseCell, f"{kind} of {label}", len(stored.cells), cell, {"check": True}, line)
 
-    def _cell(
-        self, kind: type[ChapterCell], name: str, number: int, cell: NotebookNode, options: Any, line: int
-    ) -> Any:
-        item = kind.from_parent(self, name=name, cell_num=number, cell=cell, options=options)
+    def _cell(self, kind: Any, name: str, number: int, cell: NotebookNode, options: dict[str, bool], line: int) -> Any:
+        item = kind.from_parent(self, name=name, cell_num=number, cell=cell, options=defaultdict(bool, options))
         item.line = line
         return item
 
     def setup(self) -> None:
-        self.kernel = Kernel(
-            self.config.rootpath, self.path.parent, self.config.option.nbval_kernel_startup_timeout
-        )
+        timeout = self.config.option.nbval_kernel_startup_timeout
+        self.kernel = Kernel(self.config.rootpath, self.path.parent, timeout)
         self.setup_sanitize_files()
-
-
-def load_recorded(project: Project, chapter: Chapter) -> NotebookNode:
-    """A chapter's recorded notebook, if it is there and belongs to the chapter as it stands."""
-    path, remedy = (
-        reference(project, chapter.name),
-        f"run `medarch record {chapter.name}` and review the diff",
-    )
-    file = path.relative_to(project.root).as_posix()
-    if not path.is_file():
-        raise BookError(Fault(file, 1, f"{chapter.file} has no recorded outputs", remedy))
-    try:
-        stored = nbformat.read(path, as_version=4)
-    except Exception as error:
-        raise BookError(Fault(file, 1, f"the recorded outputs cannot be read: {error}", remedy)) from error
-    theirs = [(cell.source, cell.metadata.get("tags", [])) for cell in stored.cells]
-    ours = [(line, (cell.source, cell.metadata.get("tags", []))) for line, cell in chapter.code_cells]
-    for (line, cell), kept in zip(ours, theirs, strict=False):
-        if cell != kept:
-            raise BookError(
-                Fault(chapter.file, line, f"the cell differs from the one recorded in {file}", remedy)
-            )
-    if len(ours) != len(theirs):
-        raise BookError(
-            Fault(chapter.file, 1, f"{len(ours)} code cells, but {file} records {len(theirs)}", remedy)
-        )
-    return stored
 
 
 def pytest_collect_file(file_path: Path, parent: Any) -> ChapterFile | None:
     """Chapters are the markdown files below ``book/`` of pytest's root folder."""
-    option = parent.config.option
+    asked = parent.config.option.nbval or parent.config.option.nbval_lax
     inside = file_path.suffix == ".md" and file_path.is_relative_to(parent.config.rootpath / "book")
-    return (
-        ChapterFile.from_parent(parent, path=file_path)
-        if inside and (option.nbval or option.nbval_lax)
-        else None
-    )
+    return ChapterFile.from_parent(parent, path=file_path) if inside and asked else None
 
 
 class _Tally:

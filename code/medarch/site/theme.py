@@ -1,9 +1,8 @@
 """The look and the weight of the site: what the theme lets no option, template or style sheet change.
 
-A Sphinx extension in three steps. Before the build it takes the book's addresses from the environment. For
-each page, in memory, it leaves out scripts and styles that the page has no use for and mends its markup.
-After the build it cuts the theme's icon fonts and styles down to the icons in use and copies the part of
-MathJax that pages load.
+A Sphinx extension in three steps. Before the build it takes the book's addresses from the environment. For each page,
+in memory, it leaves out scripts and styles that the page has no use for and mends its markup. After the build it cuts
+the theme's icon fonts and styles down to the icons in use and copies the part of MathJax that pages load.
 """
 
 from __future__ import annotations
@@ -103,9 +102,7 @@ def lighten_page(app: Sphinx, page: str, template: str, context: dict[str, Any],
     def deferred(script: Any) -> Any:
         if not script.filename or template != "page.html":  # the search page's scripts count on their order
             return script
-        return type(script)(
-            script.filename, priority=script.priority, **{**script.attributes, "defer": "defer"}
-        )
+        return type(script)(script.filename, priority=script.priority, **{**script.attributes, "defer": "defer"})
 
     context["css_files"] = [asset for asset in context["css_files"] if wanted(asset)]
     context["script_files"] = [deferred(asset) for asset in context["script_files"] if wanted(asset)]
