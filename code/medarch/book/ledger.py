@@ -101,57 +101,45 @@ def parse_claims(text: str) -> dict[str, Claim]:
     Raises:
         LedgerError: with every malformed or duplicate entry, by line.
     """
-    faults: list[tuple[int, str, str]] = []
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        entries = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or []
+        root, entries = yaml.compose(text, Loader=loader), yaml.load(text, Loader=loader) or []
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise LedgerError(
-            [(mark.line + 1 if mark else 1, f"not valid YAML: {error}", "mend the line named")]
-        ) from error
-    lines = [node.start_mark.line + 1 for node in root.value] if root is not None else []
-    known = {f.name for f in fields(Claim)} - {"line"}
+        raise LedgerError([(mark.line + 1 if mark else 1, f"not valid YAML: {error}", "mend it")]) from error
     claims: dict[str, Claim] = {}
-    for line, entry in zip(lines, entries, strict=True):
-        name = entry.get("id") if isinstance(entry, dict) else None
-        if not isinstance(name, str):
-            faults.append(
-                (line, "an entry is not a mapping with an id", "give it the fields that CONTRIBUTING.md lists")
-            )
-            continue
-        if name in claims:
-            faults.append(
-                (line, f"claim {name!r} stands twice (first at line {claims[name].line})", "rename or delete one")
-            )
-            continue
-        missing = [key for key in ("section", "chapter", "claim", "kind", "evidence") if not entry.get(key)]
-        unknown = sorted(set(entry) - known)
-        if missing or unknown:
-            faults.append(
-                (line, f"claim {name!r}: missing {missing}, unknown {unknown}", "give each field its proper name")
-            )
-            continue
-        if entry.get("verdict") not in (None, *VERDICTS) or entry["evidence"] not in EVIDENCE:
-            told = f"claim {name!r}: verdict {entry.get('verdict')!r}, evidence {entry['evidence']!r}"
-            faults.append((line, told, f"verdict is one of {', '.join(VERDICTS)}; evidence of {', '.join(EVIDENCE)}"))
-            continue
-        try:
-            expect = Expectation(**entry["expect"]) if entry.get("expect") else None
-        except TypeError:
-            faults.append(
-                (
-                    line,
-                    f"claim {name!r}: expect is {entry['expect']!r}",
-                    "write {value: , tolerance: } or {min: , max: }",
-                )
-            )
+    faults = []
+    for node, entry in zip(root.value if root else (), entries, strict=True):
+        line = node.start_mark.line + 1
+        if wrong := _wrong(entry, claims):
+            faults.append((line, *wrong))
             continue
         lists = {key: tuple(entry.get(key) or ()) for key in ("sources", "also")}
-        claims[name] = Claim(**{**entry, **lists, "expect": expect, "line": line})
+        expect = Expectation(**entry["expect"]) if entry.get("expect") else None
+        claims[entry["id"]] = Claim(**{**entry, **lists, "expect": expect, "line": line})
     if faults:
         raise LedgerError(faults)
     return claims
+
+
+def _wrong(entry: Any, before: dict[str, Claim]) -> tuple[str, str] | None:
+    """What is wrong with an entry of the ledger, and what to do about it."""
+    name = entry.get("id") if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+        return "an entry is not a mapping with an id", "give it the fields that CONTRIBUTING.md lists"
+    if name in before:
+        return f"claim {name!r} stands twice (first at line {before[name].line})", "rename or delete one"
+    missing = [key for key in ("section", "chapter", "claim", "kind", "evidence") if not entry.get(key)]
+    unknown = sorted(set(entry) - ({each.name for each in fields(Claim)} - {"line"}))
+    if missing or unknown:
+        return f"claim {name!r}: missing {missing}, unknown {unknown}", "give each field its proper name"
+    if entry.get("verdict") not in (None, *VERDICTS) or entry["evidence"] not in EVIDENCE:
+        told = f"claim {name!r}: verdict {entry.get('verdict')!r}, evidence {entry['evidence']!r}"
+        return told, f"verdict is one of {', '.join(VERDICTS)}; evidence one of {', '.join(EVIDENCE)}"
+    expect = entry.get("expect") or {}
+    if not isinstance(expect, dict) or set(expect) - {each.name for each in fields(Expectation)}:
+        return f"claim {name!r}: expect is {expect!r}", "write {value: , tolerance: } or {min: , max: }"
+    return None
 
 
 def load_claims(book: Path | None = None) -> dict[str, Claim]:

@@ -26,6 +26,14 @@ HIDDEN = {
     "source_hidden": {"hide-input", "hide-cell", "remove-input", "remove-cell"},
     "outputs_hidden": {"hide-output", "hide-cell", "remove-output", "remove-cell"},
 }
+FORMS = {
+    nodes.emphasis: "*{}*",
+    nodes.strong: "**{}**",
+    nodes.rubric: "**{}**",
+    nodes.subscript: "<sub>{}</sub>",
+    nodes.superscript: "<sup>{}</sup>",
+    nodes.footnote_reference: "<sup>{}</sup>",
+}
 SETUP = (
     "*A chapter of an executable book. To run it, clone the book's repository, run `make lab` in it, and open this "
     "notebook or `{file}` there; the first run sets up all that the cells need.*"
@@ -84,100 +92,76 @@ class Writer:
             prose = []
             if cell:
                 self.code_until(node["cell_index"])
-                self.markdown("\n\n".join(map(self.block, node.findall(nodes.caption))))
+                self.markdown("\n\n".join(map(self.text, node.findall(nodes.caption))))
             else:
                 self.page(node, depth + 1)
         self.markdown(self.blocks(prose))
 
     def blocks(self, children: list[nodes.Node]) -> str:
         """Blocks of Markdown, one under the other."""
-        return "\n\n".join(text for text in map(self.block, children) if text.strip())
+        return "\n\n".join(text for text in map(self.text, children) if text.strip())
 
-    def block(self, node: Any) -> str:
-        """One block as Markdown; what has no form of its own is shown as what it holds."""
+    def inline(self, node: nodes.Element) -> str:
+        """What stands inside a paragraph, a title or a caption."""
+        return re.sub(rf"\s*{CLAIM}", "", "".join(map(self.text, node.children)))
+
+    def text(self, node: Any) -> str:
+        """One node as Markdown; what has no form of its own is shown as what it holds."""
+        for kind, form in FORMS.items():
+            if isinstance(node, kind):
+                return form.format(self.inline(node))
         inside = [child for child in node.children if not isinstance(child, nodes.title)]
         title = next((self.inline(child) for child in node.children if isinstance(child, nodes.title)), "")
         match node:
-            case nodes.Invisible() | nodes.citation() | DeckOnly():
+            case nodes.Text():
+                return re.sub(r"[\\`*$<]|(?<!\w)_|_(?!\w)", r"\\\g<0>", node.astext())
+            case nodes.comment() | nodes.substitution_definition() | nodes.citation() | DeckOnly():
                 return ""
             case nodes.title():
                 return f"{'#' * self.depth} {self.inline(node)}"
-            case nodes.rubric():
-                return f"**{self.inline(node)}**"
             case nodes.caption():
                 return f"{self.number('figure', node.parent)}{self.inline(node)}"
-            case nodes.image():
-                return self.image(node)
+            case nodes.math():
+                return f"${node.astext()}$"
             case nodes.math_block():
                 tag = f" \\tag{{{node['number']}}}" if node.get("number") else ""
                 return node.astext().strip() if node.get("nowrap") else f"$$\n{node.astext().strip()}{tag}\n$$"
-            case nodes.raw():
-                return node.astext() if "html" in node["format"] else ""
+            case nodes.literal():
+                return f"`` {node.astext()} ``" if "`" in node.astext() else f"`{node.astext()}`"
             case nodes.literal_block():
                 code, language = node.astext().rstrip("\n"), node.get("language", "default")
                 fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
                 return f"{fence}{'' if language in ('default', 'none') else language}\n{code}\n{fence}"
-            case nodes.bullet_list() | nodes.enumerated_list():
-                first = node.get("start", 1) if isinstance(node, nodes.enumerated_list) else None
-                marks = [f"{first + number}. " if first else "- " for number in range(len(inside))]
-                items = zip(marks, (self.blocks(item.children) for item in inside), strict=True)
-                return "\n".join(mark + textwrap.indent(text, " " * len(mark)).lstrip() for mark, text in items)
+            case nodes.reference():
+                claim = "claim-link" in node["classes"]
+                return CLAIM if claim else self.link(self.inline(node), node.get("refuri", ""))
+            case nodes.image():
+                return self.image(node)
+            case nodes.raw():
+                return node.astext() if "html" in node["format"] else ""
+            case nodes.bullet_list():
+                return "\n".join(_item("- ", self.blocks(item.children)) for item in inside)
+            case nodes.enumerated_list():
+                start = enumerate(inside, node.get("start", 1))
+                return "\n".join(_item(f"{number}. ", self.blocks(item.children)) for number, item in start)
             case nodes.definition_list_item():
-                *terms, meaning = inside
-                return f"**{', '.join(map(self.inline, terms))}**: {self.blocks(meaning.children)}"
+                return f"**{', '.join(map(self.inline, inside[:-1]))}**: {self.blocks(inside[-1].children)}"
             case nodes.footnote():
                 return f"<sup>{inside[0].astext()}</sup> {self.blocks(inside[1:])}"
             case nodes.table():
-                rows = [[self.cell(entry) for entry in row.children] for row in node.findall(nodes.row)]
-                rows.insert(1, ["---"] * len(rows[0]))
-                return "\n".join([f"**{title}**\n"] * bool(title) + [f"| {' | '.join(row)} |" for row in rows])
+                rows = [[self.blocks(entry.children) for entry in row.children] for row in node.findall(nodes.row)]
+                cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+                cells.insert(1, ["---"] * len(rows[0]))
+                return "\n".join([f"**{title}**\n"] * bool(title) + [f"| {' | '.join(row)} |" for row in cells])
             case _ if is_exercise_node(node):
                 return f"### {self.number('exercise', node)}{title.strip(' ()')}\n\n{self.blocks(inside)}"
             case _ if is_solution_node(node):
                 return f"<details>\n<summary>Solution</summary>\n\n{self.blocks(inside)}\n\n</details>"
             case nodes.Admonition() | nodes.sidebar() | nodes.topic() | nodes.block_quote():
                 title = title or (type(node).__name__.capitalize() if isinstance(node, nodes.Admonition) else "")
-                text = "\n\n".join(filter(None, [f"**{title}**" if title else "", self.blocks(inside)]))
+                text = f"**{title}**\n\n" * bool(title) + self.blocks(inside)
                 return textwrap.indent(text, "> ", lambda line: True)
-            case nodes.TextElement():
-                return self.inline(node)
-        return self.blocks(node.children)
-
-    def cell(self, entry: nodes.Element) -> str:
-        """A field of a table, in one line."""
-        return " ".join(self.blocks(entry.children).split()).replace("|", "\\|")
-
-    def inline(self, node: nodes.Element) -> str:
-        """What stands inside a paragraph, a title or a caption."""
-        text = "".join(map(self.span, node.children))
-        return re.sub(rf"\s*{CLAIM}", "", text)
-
-    def span(self, node: Any) -> str:
-        """One piece of running text as Markdown."""
-        inside = "".join(map(self.span, node.children))
-        match node:
-            case nodes.Text():
-                return re.sub(r"[\\`*$<]|(?<!\w)_|_(?!\w)", r"\\\g<0>", node.astext())
-            case nodes.math():
-                return f"${node.astext()}$"
-            case nodes.literal():
-                tick, text = ("``", f" {node.astext()} ") if "`" in node.astext() else ("`", node.astext())
-                return f"{tick}{text}{tick}"
-            case nodes.emphasis():
-                return f"*{inside}*"
-            case nodes.strong():
-                return f"**{inside}**"
-            case nodes.subscript():
-                return f"<sub>{inside}</sub>"
-            case nodes.superscript() | nodes.footnote_reference():
-                return f"<sup>{inside}</sup>"
-            case nodes.image():
-                return self.image(node)
-            case nodes.raw():
-                return node.astext() if "html" in node["format"] else ""
-            case nodes.reference():
-                return CLAIM if "claim-link" in node["classes"] else self.link(inside, node.get("refuri", ""))
-        return inside
+        return self.inline(node) if isinstance(node, nodes.TextElement) else self.blocks(node.children)
 
     def link(self, shown: str, uri: str) -> str:
         """A link to the world or to another chapter's notebook; to this one, and to plain pages, the text alone."""
@@ -213,8 +197,12 @@ class Writer:
         keys = [target.key for ref in domain.citation_refs if ref.docname == self.docname for target in ref.targets]
         texts = [entries[key].text.render(domain.backend) for key in dict.fromkeys(keys) if key in entries]
         return "\n".join(
-            ["## References\n", *("- " + "".join(map(self.span, text)) for text in texts)] if texts else ""
+            ["## References\n", *("- " + "".join(map(self.text, text)) for text in texts)] if texts else ""
         )
+
+
+def _item(mark: str, text: str) -> str:
+    return mark + textwrap.indent(text, " " * len(mark)).lstrip()
 
 
 def write_notebook(app: Sphinx, project: Project, doctree: nodes.document, docname: str) -> None:

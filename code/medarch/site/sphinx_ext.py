@@ -260,25 +260,24 @@ def chapter_buttons(app: Any, pagename: str, templatename: str, context: dict[st
     name = pagename.removeprefix("book/")
     if doctree is None or name not in app.medarch_project.chapters:
         return
+    notebook = f"{'../' * pagename.count('/')}notebooks/{name}.ipynb"
+    offers = [("download-notebook", notebook, "Notebook (.ipynb)", "Download this chapter as a notebook", "download")]
+    if app.env.metadata[pagename].get("slides"):
+        slides = f"{Path(pagename).name}-slides.html"
+        offers.append(("slides", slides, "Slides", "This chapter's lecture slides", "expand"))
     for group in context.get("header_buttons", []):
         if group.get("label") == "download-buttons":
-            notebook = {
-                "type": "link",
-                "url": f"{'../' * pagename.count('/')}notebooks/{name}.ipynb",
-                "text": "Notebook (.ipynb)",
-                "tooltip": "Download this chapter as a notebook",
-                "icon": "fas fa-download",
-                "label": "download-notebook-button",
-            }
-            slides = {
-                "type": "link",
-                "url": f"{Path(pagename).name}-slides.html",
-                "text": "Slides",
-                "tooltip": "This chapter's lecture slides",
-                "icon": "fas fa-expand",
-                "label": "slides-button",
-            }
-            group["buttons"][:0] = [notebook, slides] if app.env.metadata[pagename].get("slides") else [notebook]
+            group["buttons"][:0] = [
+                {
+                    "type": "link",
+                    "url": url,
+                    "text": text,
+                    "tooltip": tip,
+                    "icon": f"fas fa-{icon}",
+                    "label": f"{label}-button",
+                }
+                for label, url, text, tip, icon in offers
+            ]
 
 
 def reveal_files(app: Any, exception: Exception | None) -> None:
