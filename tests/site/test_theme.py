@@ -7,8 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from docutils.core import publish_doctree
-from docutils.io import StringInput
 from fontTools.ttLib import TTFont
 from sphinx.builders.html._assets import _CascadingStyleSheet, _JavaScript
 
@@ -123,17 +121,10 @@ def test_a_page_loads_what_it_uses(body: str, kept: set[str]) -> None:
     assert not context["css_files"]
 
 
-def test_the_description_is_the_first_paragraph_without_mathematics() -> None:
-    text = "Title\n=====\n\nWith :math:`x`.\n\nSo it " + "goes on " * 30
-    doctree = publish_doctree(
-        f"Top\n***\n\n{text}",
-        source_class=StringInput,
-        settings_overrides={"report_level": 5, "doctitle_xform": False},
-    )
-    said = theme.first_paragraph(doctree)
-    assert said.startswith("So it goes on")
-    assert said.endswith("…")
-    assert len(said) <= 160
+def test_open_graph_has_the_description_of_the_front_matter() -> None:
+    context = {"metatags": '<meta content="Eight &amp; two" name="description" />'}
+    theme.describe(app(), "p", "page.html", context, object())
+    assert context["meta"] == {"og:description": "Eight & two", "ogp_description_length": "0"}
 
 
 def test_addresses_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

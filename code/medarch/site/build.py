@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from medarch.site.chapters import BookError, Project
@@ -153,7 +154,7 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
     from sphinx_autobuild.__main__ import _create_app
     from sphinx_autobuild.filter import IgnoreFilter
 
-    rebuild = Rebuild(project.root, name)
+    rebuild = partial(show, project.root, name)
     rebuild()
     address, html = f"127.0.0.1:{port}", project.build / "preview" / "html"
     built = [project.build, project.root / ".venv", project.root / ".git"]
@@ -163,27 +164,24 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-class Rebuild:
-    """One turn of the preview; runs in a forked process, so that changed code of the package is seen."""
+def show(root: Path, name: str, *, changed_paths: Iterable[Path] = ()) -> None:
+    """One turn of the preview: execute the chapter if it is stale, build the pages; faults are printed, never raised.
 
-    def __init__(self, root: Path, name: str):
-        self.root, self.name = root, name
-
-    def __call__(self, *, changed_paths: Iterable[Path] = ()) -> None:
-        """Execute the chapter if it is stale, then build the pages; faults are printed, never raised."""
-        start, project = time.perf_counter(), Project(self.root)
-        try:
-            with alone(project):
-                claims, store = read_claims(project), Store(project)
-                notebooks = execute(project, project.pick([self.name]), claims)
-                for chapter in project.chapters.values():
-                    digest = chapter_digest(project, chapter, claims)
-                    if kept := notebooks.get(chapter.name) or store.current(chapter, digest):
-                        notebooks[chapter.name] = kept
-                for fault in check(project, claims, collect(project, notebooks)):
-                    print(fault, file=sys.stderr)
-                without = set(project.chapters) - set(notebooks)
-                run_sphinx(project, project.build / "preview", strict=False, without=sorted(without))
-            print(f"Rebuilt in {time.perf_counter() - start:.1f} s.")
-        except (BookError, OSError) as error:
-            print(error, file=sys.stderr)
+    It runs in a forked process, so that changed code of the package is seen.
+    """
+    start, project = time.perf_counter(), Project(root)
+    try:
+        with alone(project):
+            claims, store = read_claims(project), Store(project)
+            notebooks = execute(project, project.pick([name]), claims)
+            for chapter in project.chapters.values():
+                digest = chapter_digest(project, chapter, claims)
+                if kept := notebooks.get(chapter.name) or store.current(chapter, digest):
+                    notebooks[chapter.name] = kept
+            for fault in check(project, claims, collect(project, notebooks)):
+                print(fault, file=sys.stderr)
+            without = set(project.chapters) - set(notebooks)
+            run_sphinx(project, project.build / "preview", strict=False, without=sorted(without))
+        print(f"Rebuilt in {time.perf_counter() - start:.1f} s.")
+    except (BookError, OSError) as error:
+        print(error, file=sys.stderr)

@@ -7,17 +7,17 @@ a run without a comparison) is an error; nbval alone lets it pass.
 
 from __future__ import annotations
 
-import subprocess
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from nbval.kernel import CURRENT_ENV_KERNEL_NAME, RunningKernel, start_new_kernel
 from nbval.plugin import IPyNbCell, IPyNbFile, coalesce_streams, find_metadata_tags
 
 from medarch.site.chapters import BookError, Chapter, Project, read_chapter
@@ -93,21 +93,6 @@ def load_recorded(project: Project, chapter: Chapter) -> NotebookNode:
     return stored
 
 
-class Kernel(RunningKernel):
-    """nbval's kernel, started as the executor starts its own: one thread each, no warnings of ipykernel's."""
-
-    def __init__(self, root: Path, folder: Path, timeout: float):
-        self.km, self.kc = start_new_kernel(
-            timeout,
-            CURRENT_ENV_KERNEL_NAME,
-            cwd=str(folder),
-            env=kernel_environment(root),
-            stderr=subprocess.DEVNULL,
-            extra_arguments=["--log-level=ERROR"],
-        )
-        self._ensure_iopub_up()
-
-
 class ChapterCell(IPyNbCell):
     """A cell of the chapter, compared with its record."""
 
@@ -150,13 +135,14 @@ class ChapterFile(IPyNbFile):
         try:
             chapter = read_chapter(project.root, self.chapter) if self.chapter in project.toc else None
             if chapter is not None:
-                yield from self._cells(chapter, load_recorded(project, chapter))
+                self.nb = load_recorded(project, chapter)
+                yield from self._cells(chapter)
         except BookError as error:
             raise self.CollectError(str(error)) from error
 
-    def _cells(self, chapter: Chapter, stored: NotebookNode) -> Iterator[IPyNbCell]:
+    def _cells(self, chapter: Chapter) -> Iterator[IPyNbCell]:
         compared = False
-        for number, ((line, _), cell) in enumerate(zip(chapter.code_cells, stored.cells, strict=True)):
+        for number, ((line, _), cell) in enumerate(zip(chapter.code_cells, self.nb.cells, strict=True)):
             options = {"check": self.compare_outputs, **dict(find_metadata_tags(cell.metadata))}
             compared = compared or (options["check"] and says(cell.outputs))
             yield self._cell(ChapterCell, f"cell {number + 1} (line {line})", number, cell, options, line)
@@ -169,7 +155,9 @@ class ChapterFile(IPyNbFile):
                 for line, source in parts[kind]:
                     code = f"exec(compile({source!r}, {f'<{kind} of {label}>'!r}, 'exec'), dict(globals()))"
                     cell = new_code_cell(code, execution_count=1)
-                    yield self._cell(ExerciseCell, f"{kind} of {label}", len(stored.cells), cell, {"check": True}, line)
+                    yield self._cell(
+                        ExerciseCell, f"{kind} of {label}", len(self.nb.cells), cell, {"check": True}, line
+                    )
 
     def _cell(self, kind: Any, name: str, number: int, cell: NotebookNode, options: dict[str, bool], line: int) -> Any:
         item = kind.from_parent(self, name=name, cell_num=number, cell=cell, options=defaultdict(bool, options))
@@ -177,9 +165,8 @@ class ChapterFile(IPyNbFile):
         return item
 
     def setup(self) -> None:
-        timeout = self.config.option.nbval_kernel_startup_timeout
-        self.kernel = Kernel(self.config.rootpath, self.path.parent, timeout)
-        self.setup_sanitize_files()
+        with patch.dict(os.environ, kernel_environment(self.config.rootpath), clear=True):
+            super().setup()
 
 
 def pytest_collect_file(file_path: Path, parent: Any) -> ChapterFile | None:

@@ -8,17 +8,16 @@ depend on them.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import distribution
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
+from jinja2 import Environment, FileSystemLoader
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
@@ -29,9 +28,11 @@ from medarch.site.evidence import evidence_file, read_claims, read_evidence, rea
 from medarch.site.export import DeckOnly, write_notebook
 
 LOGGER = logging.getLogger(__name__)
-DECK = Path(__file__).parent / "deck"
+DECK, MARKDOWN = Path(__file__).parent / "deck", Path(__file__).parent / "templates"
+TEMPLATES = Environment(loader=FileSystemLoader(MARKDOWN), trim_blocks=True, lstrip_blocks=True)
+TEMPLATES.filters["flat"] = lambda text: " ".join(text.split())
 IN_PREPARATION = "in preparation"
-SOURCES = {
+TITLES = {
     "lecture": "Lecture 18: Next-Generation Medical AI",
     "notebook": "Practice notebook",
     "deep-dive": "Deep dive: advanced model architectures",
@@ -44,6 +45,7 @@ class Reading:
     """What roles and directives read: a page depends on the files behind it, and on those alone."""
 
     env: Any
+    titles, verdicts = TITLES, VERDICTS
 
     @property
     def project(self) -> Project:
@@ -61,10 +63,39 @@ class Reading:
         self.env.note_dependency(str(self.project.book / "claims.yml"))
         return self.env.app.medarch_claims
 
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """The sections of the sources."""
+        self.env.note_dependency(str(self.project.book / "sources.yml"))
+        return read_sources(self.project)
+
     def evidence(self, name: str) -> dict[str, Any]:
         """What the last run of a chapter proved and cost."""
         self.env.note_dependency(str(evidence_file(self.project, name)))
         return read_evidence(self.project, name)
+
+    def measured(self, claim: Claim) -> str:
+        """What a cell has proved."""
+        value = self.evidence(claim.chapter)["claims"].get(claim.id)
+        return "not measured in this build" if value is None else f"{value:.4g}"
+
+    def recorded(self, claim: Claim) -> str:
+        """What the records of a claim's benchmark hold, by class of device."""
+        for path in (self.project.book / "records").glob("*.json"):
+            self.env.note_dependency(str(path))
+        values = record_values(self.project, claim).items()
+        return ", ".join(f"{value:.4g} ({device})" for device, value in values) or "no record"
+
+    def place(self, section: str, entry: dict[str, Any]) -> str:
+        """A link to where the book covers a section of the sources."""
+        for name, chapter in self.project.chapters.items():
+            if section in chapter.meta["covers"]:
+                return (
+                    f"{{ref}}`{name} <{section}>`"
+                    if f"({section})=" in chapter.text
+                    else f"{{doc}}`{name} </book/{name}>`"
+                )
+        return f'<span class="verdict verdict-preparation">{IN_PREPARATION}</span> ({entry["chapter"]})'
 
 
 class ClaimRole(Reading, SphinxRole):
@@ -94,100 +125,14 @@ class ProvedRole(Reading, SphinxRole):
         return [nodes.inline("", format(value, form or ".4g"), classes=["proved"])], []
 
 
-class MarkdownDirective(Reading, SphinxDirective):
-    """A directive that writes Markdown and lets MyST parse it."""
+class Templated(Reading, SphinxDirective):
+    """A directive that says in Markdown what its template makes of the book, and lets MyST parse it."""
 
-    def parse(self, *lines: str) -> list[nodes.Node]:
+    def run(self) -> list[nodes.Node]:
+        lines = TEMPLATES.get_template(f"{self.name}.md").render(book=self).splitlines()
         parent = nodes.Element()
-        self.state.nested_parse(StringList(list(lines), source=f"<{self.name}>"), 0, parent)
+        self.state.nested_parse(StringList(lines, source=f"<{self.name}>"), 0, parent)
         return parent.children
-
-    def table(self, claims: list[Claim], prefix: str) -> list[nodes.Node]:
-        """Claims with their verdicts and what these rest on; each row can be linked to as ``prefix-id``."""
-        lines = ["```{list-table}", ":header-rows: 1", ":class: claims-table", ":widths: 42 13 45", ""]
-        lines += ["* - The claim", "  - Verdict", "  - What is so, and how we know"]
-        for claim in claims:
-            written = claim.chapter in self.project.chapters
-            verdict = (claim.verdict if written else None) or IN_PREPARATION
-            badge = f"[{verdict}]{{.verdict .verdict-{verdict.split()[-1]}}}"
-            found = f"{claim.correction or ''} *{self.rests_on(claim)}*" if written else f"Planned for {claim.chapter}."
-            lines += [f"* - [{claim.claim}]{{#{prefix}-{claim.id}}}", f"  - {badge}", f"  - {' '.join(found.split())}"]
-        return self.parse(*lines, "```") if claims else []
-
-    def rests_on(self, claim: Claim) -> str:
-        """What a claim's verdict rests on, in a sentence."""
-        cites = " ".join(f"{{cite:p}}`{key}`" for key in claim.sources)
-        checked = f" Source: {cites}" + ("." if claim.looked_up else " (not yet checked).") if cites else ""
-        if claim.evidence == "cell":
-            value = self.evidence(claim.chapter)["claims"].get(claim.id)
-            measured = "not measured in this build" if value is None else f"{value:.4g}"
-            return f"Measured on the page: {claim.quantity}: {measured}.{checked}"
-        if claim.evidence == "record":
-            for path in (self.project.book / "records").glob("*.json"):
-                self.env.note_dependency(str(path))
-            values = record_values(self.project, claim)
-            shown = ", ".join(f"{value:.4g} ({device})" for device, value in values.items()) or "no record"
-            return f"Recorded in {claim.record}: {claim.quantity}: {shown}.{checked}"
-        return (checked or " No source was found.").strip()
-
-
-class ClaimsTable(MarkdownDirective):
-    """The claims of this chapter, checked."""
-
-    def run(self) -> list[nodes.Node]:
-        return self.table([claim for claim in self.claims.values() if claim.chapter == self.here], "claim")
-
-
-class ClaimsLedger(MarkdownDirective):
-    """All claims, by source section, those of unwritten chapters in preparation."""
-
-    def run(self) -> list[nodes.Node]:
-        claims = list(self.claims.values())
-        done = [claim.verdict for claim in claims if claim.chapter in self.project.chapters]
-        tally = ", ".join(f"{done.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in done) or "none"
-        found = self.parse(
-            f"The ledger holds {len(claims)} claims; {len(done)} belong to chapters that are written: {tally}."
-        )
-        for section, source in read_sources(self.project).items():
-            if here := [claim for claim in claims if claim.section == section]:
-                found += [nodes.rubric("", source["title"]), *self.table(here, "ledger")]
-        return found
-
-
-class LectureMap(MarkdownDirective):
-    """Each section of the sources with the chapter that covers it."""
-
-    def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(str(self.project.book / "sources.yml"))
-        covered = {key: name for name, chapter in self.project.chapters.items() for key in chapter.meta["covers"]}
-        found: list[nodes.Node] = []
-        for source, sections in groupby(read_sources(self.project).items(), lambda item: item[1]["source"]):
-            lines = ["| Section | Kind | Chapter |", "| --- | --- | --- |"]
-            for section, entry in sections:
-                name = covered.get(section)
-                where = f'<span class="verdict verdict-preparation">{IN_PREPARATION}</span> ({entry["chapter"]})'
-                if name and f"({section})=" in self.project.page(name).read_text("utf8"):
-                    where = f"{{ref}}`{name} <{section}>`"
-                elif name:
-                    where = f"{{doc}}`{name} </book/{name}>`"
-                lines.append(f"| {entry['title'].replace('|', '/')} | {entry['kind']} | {where} |")
-            # A section cannot begin inside a directive, so each source has a rubric for its title.
-            found += [nodes.rubric("", SOURCES.get(source, source)), *self.parse(*lines)]
-        return found
-
-
-class BuildStatus(MarkdownDirective):
-    """When and at what cost each chapter was last executed."""
-
-    def run(self) -> list[nodes.Node]:
-        lines = ["| Chapter | Executed (UTC) | Seconds (of processor) | Declared | Peak memory | Device | Python |"]
-        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-        for name, chapter in self.project.chapters.items():
-            if run := self.evidence(name)["run"]:
-                when, took = run["when"][:16].replace("T", " "), f"{run['seconds']:.1f} ({run['cpu_seconds']:.1f})"
-                where = f"{run['peak_mib']} MiB | {run['device']} | {run['python']}"
-                lines.append(f"| {{doc}}`/book/{name}` | {when} | {took} | {chapter.seconds:g} s | {where} |")
-        return self.parse(*lines)
 
 
 class Slide(SphinxDirective):
@@ -248,10 +193,8 @@ def decks(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
                 slides[-1][1].append(app.builder.render_partial(part)["fragment"])
         context = {"title": app.env.titles[docname].astext(), "slides": slides, "chapter": Path(docname).name + ".html"}
         if any('class="math' in part for _, parts in slides for part in parts):
-            context |= {
-                "mathematics": app.config.mathjax3_config or {},
-                "mathjax": f"_static/{app.config.mathjax_path}",
-            }
+            context["mathematics"] = app.config.mathjax3_config or {}
+            context["mathjax"] = f"_static/{app.config.mathjax_path}"
         yield f"{docname}-slides", context, "deck.html"
 
 
@@ -261,23 +204,16 @@ def chapter_buttons(app: Any, pagename: str, templatename: str, context: dict[st
     if doctree is None or name not in app.medarch_project.chapters:
         return
     notebook = f"{'../' * pagename.count('/')}notebooks/{name}.ipynb"
-    offers = [("download-notebook", notebook, "Notebook (.ipynb)", "Download this chapter as a notebook", "download")]
+    tip = "Download this chapter as a notebook"
+    offers = [("download-notebook-button", notebook, "Notebook (.ipynb)", tip, "fas fa-download")]
     if app.env.metadata[pagename].get("slides"):
         slides = f"{Path(pagename).name}-slides.html"
-        offers.append(("slides", slides, "Slides", "This chapter's lecture slides", "expand"))
+        offers.append(("slides-button", slides, "Slides", "This chapter's lecture slides", "fas fa-expand"))
+    keys = ("label", "url", "text", "tooltip", "icon")
+    buttons = [{"type": "link", **dict(zip(keys, offer, strict=True))} for offer in offers]
     for group in context.get("header_buttons", []):
         if group.get("label") == "download-buttons":
-            group["buttons"][:0] = [
-                {
-                    "type": "link",
-                    "url": url,
-                    "text": text,
-                    "tooltip": tip,
-                    "icon": f"fas fa-{icon}",
-                    "label": f"{label}-button",
-                }
-                for label, url, text, tip, icon in offers
-            ]
+            group["buttons"][:0] = buttons
 
 
 def reveal_files(app: Any, exception: Exception | None) -> None:
@@ -295,8 +231,9 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     app.add_role("claim", ClaimRole())
     app.add_role("proved", ProvedRole())
-    for directive in (ClaimsTable, ClaimsLedger, LectureMap, BuildStatus, Slide):
-        app.add_directive(re.sub(r"(?<=[a-z])(?=[A-Z])", "-", directive.__name__).lower(), directive)
+    app.add_directive("slide", Slide)
+    for name in ("claims-table", "claims-ledger", "lecture-map", "build-status"):
+        app.add_directive(name, Templated)
     app.add_node(DeckOnly, html=(skip, None))
     app.connect("config-inited", lambda _, config: config.templates_path.append(str(DECK)))
     app.connect("builder-inited", read_book)

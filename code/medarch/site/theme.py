@@ -11,7 +11,6 @@ import functools
 import hashlib
 import html
 import importlib.metadata
-import io
 import logging
 import os
 import re
@@ -21,7 +20,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import imagesize
-from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -65,25 +63,11 @@ def read_addresses(app: Sphinx, config: Config) -> None:
 
 
 def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Give a page's description, its front matter's or its first paragraph, to its head and to Open Graph."""
-    if doctree is None:
-        return
+    """Give the description of a page's front matter to Open Graph; without one, its extension takes the first words."""
     written = re.search(r'<meta content="([^"]*)" name="description"', context.get("metatags") or "")
-    text = html.unescape(written[1]) if written else first_paragraph(doctree)
-    if text:
-        own = {"og:description": text, "ogp_description_length": "0"}
+    if doctree is not None and written:
+        own = {"og:description": html.unescape(written[1]), "ogp_description_length": "0"}
         context["meta"] = {**(context.get("meta") or {}), **own}
-    if text and not written:
-        context["metatags"] += f'\n<meta content="{html.escape(text)}" name="description" />'
-
-
-def first_paragraph(doctree: nodes.document, limit: int = 160) -> str:
-    """Return the first paragraph without mathematics, cut at a word; citations are left out."""
-    for paragraph in doctree.findall(nodes.paragraph):
-        if isinstance(paragraph.parent, nodes.section) and not list(paragraph.findall(nodes.math)):
-            text = re.sub(r" ?\[[^\]]*\d{4}\]", "", " ".join(paragraph.astext().split()))
-            return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + "…"
-    return ""
 
 
 def lighten_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
@@ -199,7 +183,9 @@ def lean_icons(static: Path, cache: Path) -> None:
         cache: a folder that keeps a cut font for as long as the icons and the full font stay the same.
     """
     import pydata_sphinx_theme
+    from fontTools import subset
 
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     theme = Path(pydata_sphinx_theme.__file__).parent / "theme" / "pydata_sphinx_theme" / "static"
     used: set[str] = set()
     for path in [*static.parent.rglob("*.html"), *static.glob("*.js"), *static.glob("scripts/*.js")]:
@@ -220,23 +206,11 @@ def lean_icons(static: Path, cache: Path) -> None:
         key = hashlib.sha256(font.read_bytes() + repr(sorted(codes)).encode()).hexdigest()[:24]
         cut = cache / f"{font.stem}-{key}.woff2"
         if not cut.exists():
-            cut.write_bytes(cut_font(font, codes))
+            points = ",".join(f"{code:x}" for code in sorted(codes))
+            subset.main(
+                [str(font), f"--unicodes={points}", "--flavor=woff2", "--notdef-outline", f"--output-file={cut}"]
+            )
         shutil.copyfile(cut, static / FONTS / font.name)
-
-
-def cut_font(font: Path, codes: set[int]) -> bytes:
-    """Return the font with the glyphs of these code points alone, as WOFF2."""
-    from fontTools import subset
-
-    logging.getLogger("fontTools").setLevel(logging.WARNING)
-    options = subset.Options(flavor="woff2", notdef_outline=True)
-    loaded = subset.load_font(str(font), options)
-    cutter = subset.Subsetter(options)
-    cutter.populate(unicodes=codes)
-    cutter.subset(loaded)
-    buffer = io.BytesIO()
-    subset.save_font(loaded, buffer, options)
-    return buffer.getvalue()
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
