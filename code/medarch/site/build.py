@@ -159,7 +159,8 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
     address, html = f"127.0.0.1:{port}", project.build / "preview" / "html"
     built = [project.build, project.root / ".venv", project.root / ".git"]
     ignore = IgnoreFilter(built, [r"\.part$", r"__pycache__", r"/\.", r"~$"])
-    app = _create_app([project.book, project.root / "code", project.root / "_toc.yml"], ignore, rebuild, html, address)
+    watched = [project.book, Path(__file__).parents[1], project.root / "_toc.yml"]
+    app = _create_app(watched, ignore, rebuild, html, address)
     report(f"http://{address}/book/{name}.html  (Ctrl-C ends the preview)")
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
