@@ -98,6 +98,7 @@ def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: It
         "nb_execution_cache_path": str(project.cache),
         "nb_execution_raise_on_error": True,
         "nb_execution_excludepatterns": [f"book/{name}.md" for name in without],
+        "medarch_decks": strict,  # a preview shows pages alone
     }
     # A failed build leaves pages marked as read that never were: the next one must start afresh.
     mark = work / "failed"
@@ -150,35 +151,48 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
     Cells run only when they or what they stand on have changed; other chapters keep the outputs of the last build, or
     are shown without. The pages are those of the whole book, so cross-references work.
     """
+    import asyncio
+    import multiprocessing
+
     import uvicorn
-    from sphinx_autobuild.__main__ import _create_app
+    import watchfiles
+    from sphinx_autobuild import __main__ as autobuild
     from sphinx_autobuild.filter import IgnoreFilter
 
+    class InThread(autobuild.RebuildServer):  # type: ignore[misc]
+        """Rebuilds in a thread: a process forked from a server that has threads may never wake up."""
+
+        async def watch(self) -> None:
+            async for _ in watchfiles.awatch(*self.paths, watch_filter=lambda _, path: not self.ignore(path)):
+                await asyncio.to_thread(rebuild)
+                self.flag.set()
+
     rebuild = partial(show, project.root, name)
-    rebuild()
+    # The first build, in a process of its own, imports the package for the reference pages; the server stays without it.
+    first = multiprocessing.get_context("spawn").Process(target=rebuild)
+    first.start()
+    first.join()
     address, html = f"127.0.0.1:{port}", project.build / "preview" / "html"
     built = [project.build, project.root / ".venv", project.root / ".git"]
     ignore = IgnoreFilter(built, [r"\.part$", r"__pycache__", r"/\.", r"~$"])
+    autobuild.RebuildServer = InThread
     watched = [project.book, Path(__file__).parents[1], project.root / "_toc.yml"]
-    app = _create_app(watched, ignore, rebuild, html, address)
+    app = autobuild._create_app(watched, ignore, rebuild, html, address)
     report(f"http://{address}/book/{name}.html  (Ctrl-C ends the preview)")
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-def show(root: Path, name: str, *, changed_paths: Iterable[Path] = ()) -> None:
-    """One turn of the preview: execute the chapter if it is stale, build the pages; faults are printed, never raised.
-
-    It runs in a forked process, so that changed code of the package is seen.
-    """
+def show(root: Path, name: str) -> None:
+    """One turn of the preview: execute the chapter if it is stale, build the pages; faults are printed, never raised."""
     start, project = time.perf_counter(), Project(root)
     try:
         with alone(project):
             claims, store = read_claims(project), Store(project)
             notebooks = execute(project, project.pick([name]), claims)
             for chapter in project.chapters.values():
-                digest = chapter_digest(project, chapter, claims)
-                if kept := notebooks.get(chapter.name) or store.current(chapter, digest):
-                    notebooks[chapter.name] = kept
+                if chapter.name != name:
+                    kept = store.current(chapter, chapter_digest(project, chapter, claims))
+                    notebooks |= {chapter.name: kept} if kept else {}
             for fault in check(project, claims, collect(project, notebooks)):
                 print(fault, file=sys.stderr)
             without = set(project.chapters) - set(notebooks)

@@ -8,12 +8,14 @@ depend on them.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+import pybtex.plugin
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
@@ -175,7 +177,7 @@ def export_page(app: Any, doctree: nodes.document, docname: str) -> None:
 def decks(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
     """One deck for each chapter with slides: their content, and the outputs of cells tagged ``slide`` after it."""
     for docname, metadata in list(app.env.metadata.items()):
-        if not metadata.get("slides") or app.builder.name != "html":
+        if not metadata.get("slides") or app.builder.name != "html" or not app.config.medarch_decks:
             continue
         doctree = app.env.get_doctree(docname)
         app.env.apply_post_transforms(doctree, docname)
@@ -229,6 +231,9 @@ def reveal_files(app: Any, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
+    # pybtex looks through every installed package for each citation; once is enough.
+    pybtex.plugin._load_entry_point = functools.cache(pybtex.plugin._load_entry_point)
+    app.add_config_value("medarch_decks", True, "")
     app.add_role("claim", ClaimRole())
     app.add_role("proved", ProvedRole())
     app.add_directive("slide", Slide)
