@@ -159,7 +159,7 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
     from sphinx_autobuild import __main__ as autobuild
     from sphinx_autobuild.filter import IgnoreFilter
 
-    class InThread(autobuild.RebuildServer):  # type: ignore[misc]
+    class InThread(autobuild.RebuildServer):
         """Rebuilds in a thread: a process forked from a server that has threads may never wake up."""
 
         async def watch(self) -> None:
@@ -168,7 +168,7 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
                 self.flag.set()
 
     rebuild = partial(show, project.root, name)
-    # The first build, in a process of its own, imports the package for the reference pages; the server stays without it.
+    # The first build imports the package for the reference pages; the server, which stays without it, is quicker.
     first = multiprocessing.get_context("spawn").Process(target=rebuild)
     first.start()
     first.join()
@@ -183,7 +183,7 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
 
 
 def show(root: Path, name: str) -> None:
-    """One turn of the preview: execute the chapter if it is stale, build the pages; faults are printed, never raised."""
+    """One turn of the preview: execute the chapter if it is stale, build the pages; print faults, raise none."""
     start, project = time.perf_counter(), Project(root)
     try:
         with alone(project):
