@@ -111,9 +111,7 @@ def test_grouped_products_of_other_shapes():
     left = torch.randn(2, 3, 16)
     offsets = torch.tensor([8, 24], dtype=torch.int32)
     assert count_flops(F.grouped_mm, left, torch.randn(16, 24), offs=offsets) == 2 * 3 * 16 * 24
-    assert count_flops(F.grouped_mm, left, torch.randn(2, 16, 4)) == count_flops(
-        torch.bmm, left, torch.randn(2, 16, 4)
-    )
+    assert count_flops(F.grouped_mm, left, torch.randn(2, 16, 4)) == count_flops(torch.bmm, left, torch.randn(2, 16, 4))
 
 
 def test_a_norm_is_not_costly():

@@ -146,9 +146,7 @@ def topic(tmp_path, monkeypatch):
 
 def run_in(topic, code):
     """Runs code in a process that sees the project of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=topic, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], cwd=topic, capture_output=True, text=True, check=False)
 
 
 def test_a_benchmark_runs_in_a_fresh_process_and_leaves_a_record(topic):
@@ -193,9 +191,7 @@ def test_an_unknown_benchmark_offers_the_nearest(topic):
     for wrong in ("herbs/mnit", "hreb/mint"):
         answer = run_in(topic, f"from medarch.bench.registry import find; find({wrong!r})")
         assert "did you mean herbs/mint?" in answer.stderr
-    answer = run_in(
-        topic, "from medarch.bench.registry import *; print({n: b.summary for n, b in discover().items()})"
-    )
+    answer = run_in(topic, "from medarch.bench.registry import *; print({n: b.summary for n, b in discover().items()})")
     assert answer.stdout == "{'herbs/mint': 'Mint, measured.'}\n"
 
 

@@ -17,9 +17,7 @@ def busy(seconds):
 
 
 def test_ratio_of_known_work():
-    result = compare(
-        {"one": busy(0.002), "three": busy(0.006)}, baseline="one", rounds=7, block_seconds=0.006
-    )
+    result = compare({"one": busy(0.002), "three": busy(0.006)}, baseline="one", rounds=7, block_seconds=0.006)
     median, low, high = result.ratio("three")
     assert 2.5 < median < 3.5
     assert low <= median <= high

@@ -115,9 +115,7 @@ def flops_by_operator(function: Callable[..., Any], *args: Any, **kwargs: Any) -
             f"no formula for {', '.join(sorted(unknown))}: torch's counter would count zero. "
             "Register one with medarch.bench.flops.register_formula, or count a version of matrix products"
         )
-    counts = {
-        packet.__name__: int(count) for packet, count in counter.get_flop_counts().get("Global", {}).items()
-    }
+    counts = {packet.__name__: int(count) for packet, count in counter.get_flop_counts().get("Global", {}).items()}
     if not counts:
         raise ValueError(f"{getattr(function, '__name__', function)} ran no operator that is counted")
     return counts
@@ -138,9 +136,7 @@ def _grouped_mm(left: Shape, right: Shape, *args: Any, out_shape: Any = None, **
     return 2 * left[-2] * prod(right)
 
 
-def _attention(
-    query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
+def _attention(query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """The whole square of scores, masked or not, as torch counts attention on other devices."""
     from torch.utils.flop_counter import sdpa_flop_count
 

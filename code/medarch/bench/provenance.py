@@ -35,9 +35,7 @@ def repository_root(start: Path | None = None) -> Path:
     named = os.environ.get("MEDARCH_ROOT")
     if named:
         if not Path(named).is_dir():
-            raise FileNotFoundError(
-                f"MEDARCH_ROOT={named} is not a folder; unset it or name the book's root folder"
-            )
+            raise FileNotFoundError(f"MEDARCH_ROOT={named} is not a folder; unset it or name the book's root folder")
         return Path(named).resolve()
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
@@ -96,9 +94,7 @@ def import_closure(modules: Iterable[str], package: str = PACKAGE) -> list[str]:
         # No cache on disk: a graph of this size is built in hundredths of a second.
         graph = grimp.build_graph(package, exclude_type_checking_imports=True, cache_dir=None)
     except SourceSyntaxError as error:
-        raise ValueError(
-            f"{error.filename}:{error.lineno}: cannot be parsed; mend the syntax error first"
-        ) from error
+        raise ValueError(f"{error.filename}:{error.lineno}: cannot be parsed; mend the syntax error first") from error
     found: set[str] = set()
     waiting = [name for name in modules if name.split(".")[0] == package]
     while waiting:
@@ -242,13 +238,7 @@ def _characters(lines: list[str], line: int, column: int) -> int:
 
 def _names_file_beside(path: Path, text: str) -> bool:
     # The pattern keeps ordinary sentences, keys and globs from being tried as paths.
-    if (
-        not text
-        or len(text) > 200
-        or text.endswith(".py")
-        or "\0" in text
-        or text.startswith(("/", "~", ".."))
-    ):
+    if not text or len(text) > 200 or text.endswith(".py") or "\0" in text or text.startswith(("/", "~", "..")):
         return False
     return "." in text and "\n" not in text and (path.parent / text).is_file()
 

@@ -17,8 +17,7 @@ NAME = re.compile(r"[a-z0-9_]+/[a-z0-9-]+")
 
 # What keeps and starts measurements, but takes none: a change here makes no record stale.
 BOOKKEEPING = tuple(
-    f"medarch.bench{module}"
-    for module in ("", ".commands", ".partial", ".provenance", ".records", ".registry", ".run")
+    f"medarch.bench{module}" for module in ("", ".commands", ".partial", ".provenance", ".records", ".registry", ".run")
 )
 
 

@@ -45,9 +45,7 @@ _declared: dict[str, Benchmark] = {}
 Function = Callable[..., dict[str, Any]]
 
 
-def benchmark(
-    name: str, *, modules: Iterable[str], data: Iterable[str] = ()
-) -> Callable[[Function], Function]:
+def benchmark(name: str, *, modules: Iterable[str], data: Iterable[str] = ()) -> Callable[[Function], Function]:
     """Declares a function as a benchmark.
 
     The function takes ``device`` (``"cpu"`` or ``"cuda"``) and ``quick`` (True for a run of small size, for

@@ -68,9 +68,7 @@ class Comparison:
             interval = "" if name == self.baseline else f"{ratio_low:.3g} to {ratio_high:.3g}"
             rows.append([name, _duration(middle), spread, f"{ratio:.3g}", interval])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-        ]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
         lines.append(
