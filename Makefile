@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help book test audit notebooks serve preview lab bench record export lint setup clean
+.PHONY: help book test audit notebooks serve preview lab bench record records setup clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -46,6 +46,9 @@ bench: .venv/.ready  ## NAME=moe/speed: measure on this machine and write the re
 
 record: .venv/.ready  ## CHAPTER=…: record a chapter's checked outputs anew and show the difference
 	@$(BIN)/medarch record $(CHAPTER)
+
+records: .venv/.ready  ## is every record measured with the code as it stands? (a release needs it)
+	@$(BIN)/medarch records
 
 setup: .venv/.ready
 

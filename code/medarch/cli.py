@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from medarch.site.chapters import BookError, Project
+from medarch.site.chapters import BookError, Fault, Project
 
 HELP = "Build, check and measure the book on emerging architectures for medical AI."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
@@ -166,6 +166,19 @@ def bench(name: str, device: str = "cpu", quick: bool = False) -> None:
     except (ValueError, KeyError, RuntimeError) as error:
         print(error.args[0] if error.args else error, file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+@command
+def records() -> None:
+    """Refuse a release while a record was measured with an earlier version of its code."""
+    from medarch.bench.commands import stale_records
+
+    stale = stale_records(Project.find().book / "records")
+    faults = [Fault(f"book/records/{name}", 1, "the code or data behind it has changed since", remedy)
+              for name, remedy in stale.items()]  # fmt: skip
+    if faults:
+        raise BookError(faults)
+    say("Every record was measured with the code as it stands.")
 
 
 if __name__ == "__main__":
