@@ -90,9 +90,7 @@ def find_book() -> Path:
     for folder in (start, *start.parents):
         if (folder / "_toc.yml").is_file():
             return folder / "book"
-    raise FileNotFoundError(
-        f"no _toc.yml in {start} or above it: run this inside a clone of the book, or set MEDARCH_ROOT"
-    )
+    raise FileNotFoundError(f"no _toc.yml in {start} or above it (run inside a clone of the book, or set MEDARCH_ROOT)")
 
 
 def parse_claims(text: str) -> dict[str, Claim]:

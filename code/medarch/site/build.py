@@ -167,6 +167,11 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
                 await asyncio.to_thread(rebuild)
                 self.flag.set()
 
+    # Not by fork: a child of a process with threads can wait for ever for a lock that one of them held.
+    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.set_forkserver_preload(
+        ["medarch.site.build", "jupyter_book.sphinx", "myst_nb", "sphinx_book_theme"]
+    )
     rebuild = partial(show, project.root, name)
     # The first build imports the package for the reference pages; the server, which stays without it, is quicker.
     first = multiprocessing.get_context("spawn").Process(target=rebuild)

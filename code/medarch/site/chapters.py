@@ -18,6 +18,8 @@ from typing import Any
 import nbformat
 import yaml
 
+from medarch.book.ledger import find_book
+
 MAX_SECONDS, MAX_LAB_SECONDS, MAX_BOOK_SECONDS = 25, 45, 600
 FIELDS = ("seconds", "covers", "requires", "description", "bloom")
 
@@ -100,12 +102,11 @@ class Project:
         Raises:
             BookError: where no folder above holds a ``_toc.yml``.
         """
-        start = Path(os.environ.get("MEDARCH_ROOT") or Path.cwd()).resolve()
-        for folder in (start, *start.parents):
-            if (folder / "_toc.yml").is_file():
-                return cls(folder)
-        told = "there is no book here: no _toc.yml in this folder or above it"
-        raise BookError.at(str(start), 1, told, "change into the clone of the book, or set MEDARCH_ROOT to it")
+        try:
+            return cls(find_book().parent)
+        except FileNotFoundError as error:
+            remedy = "change into the clone of the book, or set MEDARCH_ROOT to it"
+            raise BookError.at("_toc.yml", 1, f"there is no book here: {error}", remedy) from error
 
     @cached_property
     def toc(self) -> list[str]:

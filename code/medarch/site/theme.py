@@ -128,16 +128,14 @@ def fold_dropdowns(body: str) -> str:
         for tag in re.compile(r"<(/?)div\b[^>]*>").finditer(body, start.end()):
             depth += -1 if tag[1] else 1
             if depth == 0:
-                inner = title.sub(summary, body[start.end() : tag.start()], count=1)
+                heading, inner = title.match(body, start.end()), body[start.end() : tag.start()]
+                if heading:  # without the links that may not stand in a control
+                    words = re.sub("</?a[^>]*>", "", heading[1])
+                    inner = f'<summary class="admonition-title">{words}</summary>' + body[heading.end() : tag.start()]
                 details = start[0].replace("<div", "<details", 1) + inner + "</details>"
                 body = body[: start.start()] + details + body[tag.end() :]
                 break
     return body
-
-
-def summary(title: re.Match[str]) -> str:
-    """Return an admonition's title as a summary, without the links that may not stand in a control."""
-    return f'<summary class="admonition-title">{re.sub("</?a[^>]*>", "", title[1])}</summary>'
 
 
 def measured_image(app: Sphinx, tag: re.Match[str]) -> str:
@@ -207,9 +205,7 @@ def lean_icons(static: Path, cache: Path) -> None:
         cut = cache / f"{font.stem}-{key}.woff2"
         if not cut.exists():
             points = ",".join(f"{code:x}" for code in sorted(codes))
-            subset.main(
-                [str(font), f"--unicodes={points}", "--flavor=woff2", "--notdef-outline", f"--output-file={cut}"]
-            )
+            subset.main([str(font), "--flavor=woff2", f"--unicodes={points}", f"--output-file={cut}"])
         shutil.copyfile(cut, static / FONTS / font.name)
 
 
