@@ -19,9 +19,7 @@ HERE = Path(__file__).resolve().parent
 
 def into_article(markup: str) -> Callable[[str], str]:
     """Return an edit that puts markup at the start of the article."""
-    return lambda page: page.replace(
-        '<article class="bd-article">', f'<article class="bd-article">{markup}', 1
-    )
+    return lambda page: page.replace('<article class="bd-article">', f'<article class="bd-article">{markup}', 1)
 
 
 # name of the fault -> (the finding's rule, how the page is spoilt)
@@ -85,9 +83,7 @@ def main() -> int:
         start = plant(site)
         said = run("node", HERE / "pages.mjs", site, "--no-lighthouse", "--only", start)
         for name, (rule, _) in FAULTS.items():
-            rules = set(
-                re.findall(rf"^{re.escape(start)}{name}\.html(?: \(\w+\))?: (.*?): ", said, re.MULTILINE)
-            )
+            rules = set(re.findall(rf"^{re.escape(start)}{name}\.html(?: \(\w+\))?: (.*?): ", said, re.MULTILINE))
             others = rules - {rule} - ACCOMPANIED.get(name, set())
             good = rule in rules and not others
             wrong += not good

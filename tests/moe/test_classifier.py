@@ -272,9 +272,7 @@ def test_the_study_runs_resumes_and_says_what_it_compared(task, tmp_path, monkey
     assert results["repeats"] == 2
     for kind in kinds:
         values = results["models"][kind]["accuracy"]["values"]
-        again = [
-            evaluate(real(task, kind, seed=seed, epochs=chosen).model, task.test).accuracy for seed in (0, 1)
-        ]
+        again = [evaluate(real(task, kind, seed=seed, epochs=chosen).model, task.test).accuracy for seed in (0, 1)]
         assert values == again
     assert results["baselines"]["tfidf_logistic_regression"]["accuracy"] > 0.9
     assert results["baselines"]["majority"]["accuracy"] == pytest.approx(1 / 3)

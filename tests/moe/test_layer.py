@@ -46,9 +46,7 @@ def gradients(output: Tensor, hidden_states: Tensor, layer: MoELayer, cotangent:
     return dict(zip(named, values, strict=True))
 
 
-def assert_same_function(
-    layer: MoELayer, hidden_states: Tensor, cotangent: Tensor, mask: Tensor | None
-) -> None:
+def assert_same_function(layer: MoELayer, hidden_states: Tensor, cotangent: Tensor, mask: Tensor | None) -> None:
     """Output and every gradient of the layer against those of the loop over tokens."""
     hidden_states = hidden_states.clone().requires_grad_()
     output, _ = layer(hidden_states, mask)
@@ -93,9 +91,7 @@ def test_gradients_are_those_of_finite_differences(config: MoEConfig, generator:
     assert k == config.num_experts or (probs[:, k - 1] - probs[:, k]).min() > 1e-4
 
     def function(hidden_states: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        output, routing = torch.func.functional_call(
-            layer, dict(zip(names, weights, strict=True)), (hidden_states,)
-        )
+        output, routing = torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (hidden_states,))
         return output, routing.weights
 
     inputs = [hidden_states, *(parameter.detach().clone() for parameter in layer.parameters())]
@@ -222,12 +218,8 @@ def test_neither_padding_nor_an_idle_expert_is_work(
     assert rows == [1, 1], "an expert without tokens was called"
 
 
-@pytest.mark.parametrize(
-    "shape", [(0, 7), (2, 0, 7), (3, 7)], ids=["no token", "no position", "padding alone"]
-)
-def test_nothing_to_do_gives_zeros_and_a_gradient_of_zero(
-    shape: tuple[int, ...], generator: torch.Generator
-) -> None:
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0, 7), (3, 7)], ids=["no token", "no position", "padding alone"])
+def test_nothing_to_do_gives_zeros_and_a_gradient_of_zero(shape: tuple[int, ...], generator: torch.Generator) -> None:
     layer = make_layer(CONFIGS["mixtral"], generator)
     hidden_states = randn(*shape, generator=generator).requires_grad_()
     mask = torch.zeros(shape[:-1], dtype=torch.bool)

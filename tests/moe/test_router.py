@@ -35,9 +35,7 @@ def test_renormalised_weights_sum_to_one(seed: int, sizes: tuple[int, int]) -> N
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, sizes=choices)
-def test_softmax_over_the_chosen_is_the_renormalised_softmax_over_all(
-    seed: int, sizes: tuple[int, int]
-) -> None:
+def test_softmax_over_the_chosen_is_the_renormalised_softmax_over_all(seed: int, sizes: tuple[int, int]) -> None:
     first, tokens = make_router(MoEConfig(7, 11, *sizes), seed)
     second, _ = make_router(MoEConfig(7, 11, *sizes, router_order="topk-then-softmax"), seed)
     one, other = first(tokens), second(tokens)
@@ -48,9 +46,7 @@ def test_softmax_over_the_chosen_is_the_renormalised_softmax_over_all(
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, sizes=choices)
-def test_without_renormalising_the_weights_are_the_largest_probabilities(
-    seed: int, sizes: tuple[int, int]
-) -> None:
+def test_without_renormalising_the_weights_are_the_largest_probabilities(seed: int, sizes: tuple[int, int]) -> None:
     router, tokens = make_router(MoEConfig(7, 11, *sizes, norm_topk_prob=False), seed)
     routing = router(tokens)
     torch.testing.assert_close(routing.probs, (tokens @ router.weight.T).softmax(dim=-1))

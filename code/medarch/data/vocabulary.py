@@ -45,9 +45,7 @@ class Vocabulary:
             ValueError: no word occurs that often.
         """
         count = Counter(word for text in texts for word in words(text))
-        kept = sorted(
-            (word for word in count if count[word] >= min_count), key=lambda word: (-count[word], word)
-        )
+        kept = sorted((word for word in count if count[word] >= min_count), key=lambda word: (-count[word], word))
         if not kept:
             raise ValueError(f"no word occurs at least min_count={min_count} times in these texts")
         return cls(("<pad>", "<unk>", *kept))

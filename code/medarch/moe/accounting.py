@@ -85,9 +85,7 @@ def flops_per_token(config: MoEConfig) -> FlopCount:
     not counted.
     """
     expert = 2 * count_parameters(config).expert
-    return FlopCount(
-        router=2 * config.num_experts * config.hidden_size, experts=config.num_experts_per_tok * expert
-    )
+    return FlopCount(router=2 * config.num_experts * config.hidden_size, experts=config.num_experts_per_tok * expert)
 
 
 def dense_flops_per_token(config: MoEConfig, num_experts: int) -> int:

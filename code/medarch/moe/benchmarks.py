@@ -65,9 +65,7 @@ def speed(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
     return results
 
 
-def build_variants(
-    config: MoEConfig, generator: torch.Generator, device: str
-) -> dict[str, tuple[nn.Module, Forward]]:
+def build_variants(config: MoEConfig, generator: torch.Generator, device: str) -> dict[str, tuple[nn.Module, Forward]]:
     """Each competitor as its weights and its forward pass; all mixtures hold the same weights."""
     layer = MoELayer(config, generator)
     # A router of the usual small initial weights would be all but indifferent; this one has preferences.
@@ -142,9 +140,7 @@ def with_backward(
     return call
 
 
-def check_agreement(
-    modules: dict[str, tuple[nn.Module, Forward]], hidden_states: Tensor, cotangent: Tensor
-) -> None:
+def check_agreement(modules: dict[str, tuple[nn.Module, Forward]], hidden_states: Tensor, cotangent: Tensor) -> None:
     """Holds every mixture to the loop: its output and all its gradients.
 
     Raises:
@@ -160,13 +156,9 @@ def check_agreement(
             try:
                 torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
             except AssertionError as difference:
-                raise ValueError(
-                    f"{name} disagrees with the loop in {quantity}: {difference}"
-                ) from difference
+                raise ValueError(f"{name} disagrees with the loop in {quantity}: {difference}") from difference
 
 
-def _outcome(
-    module: nn.Module, forward: Forward, hidden_states: Tensor, cotangent: Tensor
-) -> dict[str, Tensor]:
+def _outcome(module: nn.Module, forward: Forward, hidden_states: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     gradients = with_backward(module, forward, hidden_states, cotangent)()
     return {"output": without_gradient(forward, hidden_states)(), **gradients}

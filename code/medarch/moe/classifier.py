@@ -62,9 +62,7 @@ class Task:
         def mapped(examples: Examples) -> Examples:
             return Examples(*(change(part) for part in examples))
 
-        return replace(
-            self, train=mapped(self.train), validation=mapped(self.validation), test=mapped(self.test)
-        )
+        return replace(self, train=mapped(self.train), validation=mapped(self.validation), test=mapped(self.test))
 
     def encode(self, definitions: list[Definition]) -> Examples:
         """Definitions as examples of this task."""

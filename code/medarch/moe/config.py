@@ -58,9 +58,7 @@ class MoEConfig:
         if self.hidden_act not in get_args(HiddenAct):
             raise ValueError(f"hidden_act must be one of {get_args(HiddenAct)}, got {self.hidden_act!r}")
         if self.router_order not in get_args(RouterOrder):
-            raise ValueError(
-                f"router_order must be one of {get_args(RouterOrder)}, got {self.router_order!r}"
-            )
+            raise ValueError(f"router_order must be one of {get_args(RouterOrder)}, got {self.router_order!r}")
         if not (math.isfinite(self.initializer_range) and self.initializer_range > 0):
             raise ValueError(f"initializer_range must be positive and finite, got {self.initializer_range!r}")
         self._check_router_can_learn()

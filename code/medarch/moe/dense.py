@@ -62,9 +62,7 @@ class DenseMLP(nn.Module):
     ) -> None:
         super().__init__()
         # A dense layer is a mixture of one expert: the same validation, the same sizes.
-        self.config = MoEConfig(
-            hidden_size, intermediate_size, 1, 1, hidden_act, initializer_range=initializer_range
-        )
+        self.config = MoEConfig(hidden_size, intermediate_size, 1, 1, hidden_act, initializer_range=initializer_range)
         up_size = intermediate_size * (2 if self.config.gated else 1)
         self.up_proj = nn.Parameter(torch.empty(up_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(hidden_size, intermediate_size))

@@ -77,8 +77,7 @@ class Experts(nn.Module):
         idle, *counts = torch.bincount(slots - NO_EXPERT, minlength=num_experts + 1).tolist()
         if len(counts) != num_experts:
             raise ValueError(
-                f"indices name expert {len(counts) - 1}, but num_experts={num_experts} "
-                "and they are numbered from 0"
+                f"indices name expert {len(counts) - 1}, but num_experts={num_experts} and they are numbered from 0"
             )
         order = slots.argsort(stable=True)[idle:]
         batches = tokens.index_select(0, order // k).split(counts)

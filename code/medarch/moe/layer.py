@@ -78,9 +78,7 @@ def check_inputs(hidden_states: Tensor, mask: Tensor | None, hidden_size: int, d
     if mask is None:
         return
     if mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be boolean, True for a real token, got {mask.dtype}: convert it with .bool()"
-        )
+        raise ValueError(f"mask must be boolean, True for a real token, got {mask.dtype}: convert it with .bool()")
     if tuple(mask.shape) != shape[:-1]:
         raise ValueError(
             f"mask of shape {tuple(mask.shape)} does not fit hidden_states of shape {shape}: it needs one "

@@ -88,8 +88,7 @@ def _pairs(layer: MoELayer, block: nn.Module) -> list[tuple[nn.Parameter, nn.Par
         )
     if config.num_experts_per_tok != block.top_k:
         raise ValueError(
-            f"the layer's num_experts_per_tok={config.num_experts_per_tok} differs from the block's "
-            f"top_k={block.top_k}"
+            f"the layer's num_experts_per_tok={config.num_experts_per_tok} differs from the block's top_k={block.top_k}"
         )
     ours = [layer.router.weight, layer.experts.gate_up_proj, layer.experts.down_proj]
     theirs = _mixtral_parameters(block)

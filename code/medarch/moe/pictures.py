@@ -86,9 +86,7 @@ def draw_flow(axes: Axes, words: Sequence[str], routing: Routing) -> None:
     axes.axis("off")
 
 
-def _box(
-    axes: Axes, x: float, y: float, width: float, height: float, text: str, lit: bool, colour: str
-) -> None:
+def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, lit: bool, colour: str) -> None:
     face, ink = (colour, "white") if lit else (PALE, "#4b5563")
     box = FancyBboxPatch((x, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.12")
     box.set(facecolor=face, edgecolor=colour, linewidth=1.2, zorder=2)

@@ -141,9 +141,7 @@ class TopKRouter(nn.Module):
 
 
 @torch.no_grad()
-def router_statistics(
-    probs: Float[Tensor, "*batch experts"], indices: Int[Tensor, "*batch k"]
-) -> RouterStatistics:
+def router_statistics(probs: Float[Tensor, "*batch experts"], indices: Int[Tensor, "*batch k"]) -> RouterStatistics:
     """Counts, loads and their evenness for one batch; a token whose slots are all ``NO_EXPERT`` does not
     count.
 
@@ -161,9 +159,7 @@ def router_statistics(
     counts = torch.bincount(indices.flatten() - NO_EXPERT, minlength=num_experts + 1)[1:]
     load = counts / counts.sum().clamp(min=1)
     mean_probability = probs[routed].sum(dim=0) / max(tokens, 1)
-    entropy = (
-        float(torch.special.entr(load.double()).sum()) / math.log(num_experts) if num_experts > 1 else 1.0
-    )
+    entropy = float(torch.special.entr(load.double()).sum()) / math.log(num_experts) if num_experts > 1 else 1.0
     return RouterStatistics(
         tokens=tokens,
         counts=counts,

@@ -18,9 +18,7 @@ from torch import Tensor
 from medarch.moe.router import Routing
 
 
-def experts_by_definition(
-    routing: Routing, mask: Bool[Tensor, "batch length"]
-) -> Int[Tensor, "batch experts"]:
+def experts_by_definition(routing: Routing, mask: Bool[Tensor, "batch length"]) -> Int[Tensor, "batch experts"]:
     """How many of each definition's word slots went to each expert.
 
     Args:
@@ -33,9 +31,7 @@ def experts_by_definition(
     text = mask.nonzero()[:, 0]
     num_experts, k = routing.probs.shape[-1], routing.indices.shape[-1]
     if routing.indices.shape != (len(text), k):
-        raise ValueError(
-            f"routing of shape {tuple(routing.indices.shape)} is not that of the mask's {len(text)} words"
-        )
+        raise ValueError(f"routing of shape {tuple(routing.indices.shape)} is not that of the mask's {len(text)} words")
     flat = text[:, None] * num_experts + routing.indices
     return flat.flatten().bincount(minlength=len(mask) * num_experts).view(len(mask), num_experts)
 

@@ -95,9 +95,7 @@ def classifier_study(device: str = "cpu", quick: bool = False) -> dict[str, Any]
         "baselines": linear,
         "differences": {
             f"moe_minus_{kind}": {
-                measure: paired_difference(
-                    [run[measure] for run in runs["moe"]], [run[measure] for run in runs[kind]]
-                )
+                measure: paired_difference([run[measure] for run in runs["moe"]], [run[measure] for run in runs[kind]])
                 for measure in ("accuracy", "macro_f1")
             }
             for kind in KINDS
@@ -169,9 +167,7 @@ def _specialisation(task: Task, model: TextClassifier, result: Evaluation) -> di
     assert result.routing is not None
     assert known.routing is not None
     test = specialisation_test(experts_by_definition(result.routing, task.test.mask), task.test.labels)
-    guesses = predictability(
-        routed_words(known.routing, *task.train), routed_words(result.routing, *task.test)
-    )
+    guesses = predictability(routed_words(known.routing, *task.train), routed_words(result.routing, *task.test))
     return {
         "nmi": test.observed,
         "null_mean": test.null_mean,
