@@ -151,43 +151,30 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
     Cells run only when they or what they stand on have changed; other chapters keep the outputs of the last build, or
     are shown without. The pages are those of the whole book, so cross-references work.
     """
-    import asyncio
     import multiprocessing
 
     import uvicorn
-    import watchfiles
-    from sphinx_autobuild import __main__ as autobuild
+    from sphinx_autobuild.__main__ import _create_app
     from sphinx_autobuild.filter import IgnoreFilter
 
-    class InThread(autobuild.RebuildServer):
-        """Rebuilds in a thread: a process forked from a server that has threads may never wake up."""
-
-        async def watch(self) -> None:
-            async for _ in watchfiles.awatch(*self.paths, watch_filter=lambda _, path: not self.ignore(path)):
-                await asyncio.to_thread(rebuild)
-                self.flag.set()
-
-    # Not by fork: a child of a process with threads can wait for ever for a lock that one of them held.
+    # Each turn is a clean process. Not by fork: a child of a process with threads can wait for ever for a lock that one
+    # of them held.
     multiprocessing.set_start_method("forkserver", force=True)
     multiprocessing.set_forkserver_preload(
         ["medarch.site.build", "jupyter_book.sphinx", "myst_nb", "sphinx_book_theme"]
     )
     rebuild = partial(show, project.root, name)
-    # The first build imports the package for the reference pages; the server, which stays without it, is quicker.
-    first = multiprocessing.get_context("spawn").Process(target=rebuild)
-    first.start()
-    first.join()
+    rebuild()
     address, html = f"127.0.0.1:{port}", project.build / "preview" / "html"
     built = [project.build, project.root / ".venv", project.root / ".git"]
     ignore = IgnoreFilter(built, [r"\.part$", r"__pycache__", r"/\.", r"~$"])
-    autobuild.RebuildServer = InThread
     watched = [project.book, Path(__file__).parents[1], project.root / "_toc.yml"]
-    app = autobuild._create_app(watched, ignore, rebuild, html, address)
+    app = _create_app(watched, ignore, rebuild, html, address)
     report(f"http://{address}/book/{name}.html  (Ctrl-C ends the preview)")
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-def show(root: Path, name: str) -> None:
+def show(root: Path, name: str, *, changed_paths: Iterable[Path] = ()) -> None:
     """One turn of the preview: execute the chapter if it is stale, build the pages; print faults, raise none."""
     start, project = time.perf_counter(), Project(root)
     try:
