@@ -164,7 +164,9 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
         ["medarch.site.build", "jupyter_book.sphinx", "myst_nb", "sphinx_book_theme"]
     )
     rebuild = partial(show, project.root, name)
-    rebuild()
+    first = multiprocessing.Process(target=rebuild)
+    first.start()
+    first.join()
     address, html = f"127.0.0.1:{port}", project.build / "preview" / "html"
     built = [project.build, project.root / ".venv", project.root / ".git"]
     ignore = IgnoreFilter(built, [r"\.part$", r"__pycache__", r"/\.", r"~$"])
