@@ -160,9 +160,8 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
     # Each turn is a clean process. Not by fork: a child of a process with threads can wait for ever for a lock that one
     # of them held.
     multiprocessing.set_start_method("forkserver", force=True)
-    multiprocessing.set_forkserver_preload(
-        ["medarch.site.build", "jupyter_book.sphinx", "myst_nb", "sphinx_book_theme"]
-    )
+    heavy = ["jupyter_book.sphinx", "myst_nb", "sphinx_book_theme", "sphinxext.opengraph", "sphinxcontrib.bibtex"]
+    multiprocessing.set_forkserver_preload(["medarch.site.build", *heavy])
     rebuild = partial(show, project.root, name)
     first = multiprocessing.Process(target=rebuild)
     first.start()
