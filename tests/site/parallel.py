@@ -1,6 +1,6 @@
 """How much faster chapters are executed side by side than one after the other: python tests/site/parallel.py
 
-Six chapters that compute for about eight seconds each, executed with one worker and with one for each core, in turns.
+Six chapters that compute for a few seconds each, executed with one worker and with one for each core, in turns.
 Prints seconds, ratios and their spread; it is a measurement and no test.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from medarch.site.chapters import Project
 from medarch.site.execute import execute
 
-CHAPTERS, ROUNDS, LOOPS = 6, 3, 9_000_000
+CHAPTERS, ROUNDS, LOOPS = 6, 3, 40_000_000
 HEADER = """---
 jupytext:
   text_representation:

@@ -98,7 +98,7 @@ def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: It
         "nb_execution_cache_path": str(project.cache),
         "nb_execution_raise_on_error": True,
         "nb_execution_excludepatterns": [f"book/{name}.md" for name in without],
-        "medarch_decks": strict,  # a preview shows pages alone
+        "medarch_preview": not strict,  # pages alone, without decks and without cutting fonts anew
     }
     # A failed build leaves pages marked as read that never were: the next one must start afresh.
     mark = work / "failed"
@@ -160,8 +160,11 @@ def preview(project: Project, name: str, port: int, report: Report = print) -> N
     # Each turn is a clean process. Not by fork: a child of a process with threads can wait for ever for a lock that one
     # of them held.
     multiprocessing.set_start_method("forkserver", force=True)
-    heavy = ["jupyter_book.sphinx", "myst_nb", "sphinx_book_theme", "sphinxext.opengraph", "sphinxcontrib.bibtex"]
-    multiprocessing.set_forkserver_preload(["medarch.site.build", *heavy])
+    heavy = (
+        "jupyter_book.sphinx myst_nb.sphinx_ext sphinx.builders.html sphinx_book_theme sphinx_design sphinx_exercise "
+    )
+    heavy += "sphinxext.opengraph sphinxcontrib.bibtex.domain sqlalchemy.dialects.sqlite fontTools.subset grimp IPython"
+    multiprocessing.set_forkserver_preload(["medarch.site.build", *heavy.split()])
     rebuild = partial(show, project.root, name)
     first = multiprocessing.Process(target=rebuild)
     first.start()

@@ -177,7 +177,7 @@ def export_page(app: Any, doctree: nodes.document, docname: str) -> None:
 def decks(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
     """One deck for each chapter with slides: their content, and the outputs of cells tagged ``slide`` after it."""
     for docname, metadata in list(app.env.metadata.items()):
-        if not metadata.get("slides") or app.builder.name != "html" or not app.config.medarch_decks:
+        if not metadata.get("slides") or app.builder.name != "html" or app.config.medarch_preview:
             continue
         doctree = app.env.get_doctree(docname)
         app.env.apply_post_transforms(doctree, docname)
@@ -233,7 +233,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     # pybtex looks through every installed package for each citation; once is enough.
     pybtex.plugin._load_entry_point = functools.cache(pybtex.plugin._load_entry_point)
-    app.add_config_value("medarch_decks", True, "")
+    app.add_config_value("medarch_preview", False, "")
     app.add_role("claim", ClaimRole())
     app.add_role("proved", ProvedRole())
     app.add_directive("slide", Slide)

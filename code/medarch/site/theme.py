@@ -154,6 +154,8 @@ def finish_site(app: Sphinx, error: Exception | None) -> None:
     if error is not None or app.builder.name != "html":
         return
     static = Path(app.outdir) / "_static"
+    if getattr(app.config, "medarch_preview", False) and (static / "mathjax").exists():
+        return
     for path in {found for pattern in DROPPED.split() for found in static.glob(pattern)}:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     lean_icons(static, Path(app.srcdir) / "_build" / "fonts")
