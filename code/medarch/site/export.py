@@ -208,6 +208,6 @@ def _item(mark: str, text: str) -> str:
 def write_notebook(app: Sphinx, project: Project, doctree: nodes.document, docname: str) -> None:
     """Write a chapter's notebook beside the pages, whenever its page is written."""
     chapter = project.chapters.get(docname.removeprefix("book/"))
-    if chapter is not None and app.builder.name == "html":
+    if chapter is not None and app.builder.name == "html" and not app.config.medarch_preview:
         notebook = Writer(app, project, chapter, docname).notebook(doctree)
         write_if_changed(Path(app.outdir) / "notebooks" / f"{chapter.name}.ipynb", nbformat.writes(notebook) + "\n")
