@@ -80,11 +80,14 @@ def build_book(project: Project, *, force: bool = False, workers: int | None = N
     return project.html
 
 
-def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: Iterable[str] = ()) -> None:
+def run_sphinx(
+    project: Project, work: Path, *, strict: bool = True, preview: bool = False, without: Iterable[str] = ()
+) -> None:
     """Build the pages with Jupyter Book from the executed notebooks in the cache.
 
     Args:
         strict: every warning is an error.
+        preview: leave out the decks and the notebooks.
         without: chapters to show without outputs, because no current run of them is stored.
 
     Raises:
@@ -98,7 +101,7 @@ def run_sphinx(project: Project, work: Path, *, strict: bool = True, without: It
         "nb_execution_cache_path": str(project.cache),
         "nb_execution_raise_on_error": True,
         "nb_execution_excludepatterns": [f"book/{name}.md" for name in without],
-        "medarch_preview": not strict,  # pages alone, without decks and without cutting fonts anew
+        "medarch_preview": preview,  # pages alone, without decks and without cutting fonts anew
     }
     # A failed build leaves pages marked as read that never were: the next one must start afresh.
     mark = work / "failed"
@@ -192,7 +195,7 @@ def show(root: Path, name: str, *, changed_paths: Iterable[Path] = ()) -> None:
             for fault in check(project, claims, collect(project, notebooks)):
                 print(fault, file=sys.stderr)
             without = set(project.chapters) - set(notebooks)
-            run_sphinx(project, project.build / "preview", strict=False, without=sorted(without))
+            run_sphinx(project, project.build / "preview", strict=False, preview=True, without=sorted(without))
         print(f"Rebuilt in {time.perf_counter() - start:.1f} s.")
     except (BookError, OSError) as error:
         print(error, file=sys.stderr)
