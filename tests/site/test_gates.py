@@ -60,6 +60,18 @@ def test_a_failing_cell_is_named_and_the_other_chapter_is_kept(fixture_book: Pat
     assert run(fixture_book, SECOND) == []
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["import traceback\ntry:\n    1 / 0\nexcept ZeroDivisionError:\n    traceback.print_exc()", "#| raises\n1 / 0"],
+)
+def test_a_printed_traceback_is_a_fault_even_where_the_error_was_allowed(fixture_book: Path, code: str) -> None:
+    path = fixture_book / "book/demo/second.md"
+    edit(path, ":tags: [nbval-ignore-output]", ":tags: [nbval-ignore-output, raises-exception]")
+    edit(path, 'print("process", os.getpid())', code)
+    with pytest.raises(BookError, match=r"book/demo/second\.md:\d+: cell 2 prints a traceback"):
+        run(fixture_book, SECOND)
+
+
 def test_only_what_changed_runs_again(fixture_book: Path) -> None:
     assert run(fixture_book) == [FIRST, SECOND]
     assert run(fixture_book) == []

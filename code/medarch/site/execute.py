@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -147,12 +148,18 @@ def run_chapter(
         raise BookError.at(chapter.file, line, f"the kernel died in {cell} ({error})", remedy) from error
     finally:
         running.discard(client)
+    codes = (cell for cell in notebook.cells if cell.cell_type == "code")
+    for number, ((line, _), cell) in enumerate(zip(chapter.code_cells, codes, strict=True), start=1):
+        if any("Traceback (most recent call last)" in _plain(str(output)) for output in cell.outputs):
+            remedy = "mend what fails; to teach an error, catch it and print its message"
+            raise BookError.at(chapter.file, line, f"cell {number} prints a traceback", remedy)
     return notebook, {
         "seconds": round(time.perf_counter() - start, 2),
         "cpu_seconds": round(processor, 2),
         "peak_mib": round(peak / (2**20 if sys.platform == "darwin" else 2**10)),
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
         "device": os.environ.get("MEDARCH_DEVICE", "cpu"),
     }
 
