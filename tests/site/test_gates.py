@@ -174,6 +174,10 @@ def test_a_changed_value_changes_the_pages_of_a_warm_build(fixture_book: Path, t
         "sum(faces) / len(faces) + tables.OFFSET)\n```\n\nThe mean",
     )
     edit(fixture_book / "book/demo/first.md", "import prove\n", "import prove\nfrom medarch.book import tables\n")
+    # The second chapter shows nothing of the ledger: its page has only the cell's own output to change.
+    second = fixture_book / "book/demo/second.md"
+    edit(second, "```{claims-table}\n```\n", "")
+    edit(second, 'print("process", os.getpid())', 'from medarch.book import tables\n\nprint("offset", tables.OFFSET)')
     elsewhere = fixture_book / "book/index.md"
     elsewhere.write_text(elsewhere.read_text("utf8") + "\nA die shows {proved}`dice-mean-is-four:.1f`.\n", "utf8")
 
@@ -186,6 +190,8 @@ def test_a_changed_value_changes_the_pages_of_a_warm_build(fixture_book: Path, t
         assert (
             f'shows <span class="proved">{value}</span>' in (fixture_book / "_build/html/book/index.html").read_text()
         )
+        other = (fixture_book / "_build/html/book/demo/second.html").read_text("utf8")
+        assert f"offset {float(value) - 3.5:.1f}" in other
         notebook = (fixture_book / "_build/html/notebooks/demo/first.ipynb").read_text("utf8")
         assert f"is {value}," in notebook
         assert read_evidence(Project(fixture_book), FIRST)["claims"]["dice-mean-is-four"] == pytest.approx(float(value))
