@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -23,12 +25,17 @@ class MoELayer(nn.Module):
     Args:
         config: The layer's sizes and choices.
         generator: Source of randomness for the initial weights; torch's default generator where it is absent.
+        router: Another router in the place of the top-k router: any module whose
+            ``forward(hidden_states, mask)`` returns a ``Routing``.
     """
 
-    def __init__(self, config: MoEConfig, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, config: MoEConfig, generator: torch.Generator | None = None, router: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.config = config
-        self.router = TopKRouter(config, generator)
+        # Another router need not be a top-k router, only to route like one.
+        self.router = TopKRouter(config, generator) if router is None else cast(TopKRouter, router)
         self.experts = Experts(config, generator)
 
     def forward(
