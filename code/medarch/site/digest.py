@@ -2,9 +2,9 @@
 
 jupyter-cache tells notebooks apart by their cells alone, so a plain Jupyter Book shows old outputs after the package
 behind them has changed. A chapter's digest covers its cells and everything they reach: project modules that they
-import, directly or through others, with the data files beside those; claims, records and data named by a string in a
-cell; the lock file; Python; and the class of device. Prose is no part of it, and neither is the code that builds the
-site.
+import, directly or through others, with the data files beside those; the committed checkpoints, where the loader is
+among these modules; claims, records and data named by a string in a cell; the lock file; Python; and the class of
+device. Prose is no part of it, and neither is the code that builds the site.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import replace
 from medarch.bench.provenance import import_closure, module_file, source_digest
 from medarch.book.ledger import Claim
 from medarch.site.chapters import BookError, Chapter, Project
+
+LOADER = "medarch.lm.loading"
 
 
 def imported_modules(tree: ast.AST) -> set[str]:
@@ -58,7 +60,11 @@ def chapter_digest(project: Project, chapter: Chapter, claims: dict[str, Claim])
         texts |= {
             node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
-    parts.append(source_digest(import_closure(sorted(modules))))
+    closure = import_closure(sorted(modules))
+    parts.append(source_digest(closure))
+    if LOADER in closure:  # which checkpoint a page loads may depend on anything; all of them together are small
+        for file in sorted(path for path in (project.book / "checkpoints").rglob("*") if path.is_file()):
+            parts += [file.relative_to(project.book).as_posix(), hashlib.sha256(file.read_bytes()).hexdigest()]
     for text in sorted(texts):
         if text in claims:
             parts.append(replace(claims[text], line=0))
