@@ -146,9 +146,9 @@ def test_faults_are_refused_by_name():
 
 
 def test_evenness_by_hand():
-    assert evenness([7, 7, 7]) == Evenness(pytest.approx(1.0), 1.0, 0.0, 0)
+    assert evenness([7, 7, 7]) == Evenness(pytest.approx(1.0), 1.0, 0.0, pytest.approx(3.0), 0)
     one = evenness([0, 0, 0, 0, 11])
-    assert one == Evenness(0.0, 5.0, pytest.approx(2.0), 4)  # sqrt(E - 1) = 2
+    assert one == Evenness(0.0, 5.0, pytest.approx(2.0), 1.0, 4)  # sqrt(E - 1) = 2
     # Mean 4, population variance (4 + 0 + 4) / 3.
     found = evenness(torch.tensor([2, 4, 6]))
     assert found.variation == pytest.approx((8 / 3) ** 0.5 / 4)
@@ -164,4 +164,5 @@ def test_evenness_stays_in_its_bounds(counts):
     assert -1e-12 <= found.entropy <= 1 + 1e-12
     assert 1 - 1e-12 <= found.max_over_mean <= experts + 1e-12
     assert -1e-12 <= found.variation <= (experts - 1) ** 0.5 + 1e-9
+    assert 1 - 1e-9 <= found.effective <= experts + 1e-9
     assert found.idle == counts.count(0)

@@ -121,12 +121,15 @@ class Evenness:
         max_over_mean: The busiest expert's count over the mean: 1 is even, E is one expert doing everything.
         variation: Coefficient of variation, the population standard deviation over the mean: 0 is even,
             the square root of E - 1 is one expert doing everything.
+        effective: The exponential of the entropy: as many experts, evenly loaded, would have the same one; it
+            lies between 1 and E.
         idle: Experts without any slot.
     """
 
     entropy: float
     max_over_mean: float
     variation: float
+    effective: float
     idle: int
 
 
@@ -146,10 +149,11 @@ def evenness(counts: Int[Tensor, "experts"] | Sequence[int]) -> Evenness:
         raise ValueError(f"counts must list at least two experts, got shape {tuple(values.shape)}")
     if (values < 0).any() or not values.sum() > 0:
         raise ValueError("counts must not be negative, and at least one must be positive")
-    shares = values / values.sum()
+    entropy = float(torch.special.entr(values / values.sum()).sum())
     return Evenness(
-        entropy=float(torch.special.entr(shares).sum()) / math.log(len(values)),
+        entropy=entropy / math.log(len(values)),
         max_over_mean=float(values.max() / values.mean()),
         variation=float(values.std(correction=0) / values.mean()),
+        effective=math.exp(entropy),
         idle=int((values == 0).sum()),
     )
