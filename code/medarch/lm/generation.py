@@ -50,11 +50,11 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], p: float) -> Float[Tensor, 
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p={p} must be above 0 and at most 1")
-    ordered, order = logits.sort(descending=True)
-    probs = ordered.softmax(-1)
-    # A token is outside where those before it already reach p; nothing stands before the first.
-    outside = probs.cumsum(-1) - probs >= p
-    outside[:, 0] = False
+    ordered, order = logits.sort()
+    # A token is outside where those likelier than it already reach p, so that it and all below hold at most
+    # the rest. Summed from the small end, where rounding costs least.
+    outside = ordered.softmax(-1).cumsum(-1) <= 1 - p
+    outside[:, -1] = False
     return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
 
 
