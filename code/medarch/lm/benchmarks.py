@@ -1,0 +1,5 @@
+"""What is measured of the language models; each import declares the benchmarks of one study."""
+
+from __future__ import annotations
+
+from medarch.lm import study_scaling as study_scaling  # declares lm/scaling
