@@ -101,6 +101,12 @@ def test_the_nucleus_worked_out_by_hand(p: float, kept: int) -> None:
     assert finite[3] == (kept > 1)
 
 
+def test_the_likeliest_is_kept_however_small_the_nucleus() -> None:
+    logits = torch.randn(50, VOCABULARY, generator=torch.Generator().manual_seed(6))
+    kept = keep_top_p(logits, 1e-9).isfinite()
+    assert torch.equal(kept, torch.nn.functional.one_hot(logits.argmax(-1), VOCABULARY).bool())
+
+
 def test_a_nucleus_of_everything_leaves_the_unlikely_in() -> None:
     logits = torch.tensor([[0.0, -30.0, 5.0, -18.0]])
     assert torch.equal(keep_top_p(logits, 1.0), logits)

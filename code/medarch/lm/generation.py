@@ -144,7 +144,7 @@ def generate(
             chosen = next_token(logits, temperature, top_k, top_p, generator).to(ids.dtype)
             if end_of_text is not None:
                 chosen = chosen.masked_fill(finished, end_of_text)
-                finished = finished | (chosen == end_of_text)
+                finished = chosen == end_of_text
             ids = torch.cat([ids, chosen[:, None]], dim=1)
             unread = chosen[:, None] if use_cache else ids
             if finished.all():
