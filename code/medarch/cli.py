@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,52 @@ def bench(name: str, device: str = "cpu", quick: bool = False) -> None:
     except (ValueError, KeyError, RuntimeError) as error:
         print(error.args[0] if error.args else error, file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+@command
+def train(
+    recipe: Annotated[str, typer.Argument(help="One of the book's models: dense or moe.")],
+    steps: int | None = None,
+    seed: int | None = None,
+    folder: Path | None = None,
+    device: str = "cpu",
+    release: bool = False,
+) -> None:
+    """Train one of the book's language models, or go on with it where it was interrupted; also under torchrun."""
+    from medarch.lm.recipes import find_recipe
+    from medarch.lm.release import publish, run_recipe
+
+    changes = {name: value for name, value in {"steps": steps, "seed": seed}.items() if value is not None}
+    try:
+        if release and changes:
+            raise ValueError("--release makes the committed checkpoint again: it takes neither --steps nor --seed")
+        chosen = find_recipe(recipe).change(**changes)
+        words = [recipe, *(f"--{name} {value}" for name, value in changes.items()), *["--release"] * release]
+        run = folder or Project.find().build / "training" / "-".join(words).replace("--", "").replace(" ", "-")
+        made = run_recipe(chosen, run, device, f"medarch train {' '.join(words)}", _progress())
+        if made is not None:
+            say(f"The checkpoint is in {publish(made, recipe) if release else made}.")
+    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        print(error.args[-1] if error.args else error, file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _progress() -> Callable[[str], None]:
+    """One line that is written over on a terminal, and elsewhere a line now and then."""
+    import time
+
+    shown = -math.inf
+
+    def show(line: str) -> None:
+        nonlocal shown
+        if sys.stdout.isatty():
+            sys.stdout.write(f"\r\033[K{line}" + "\n" * ("bits_per_byte" in line))
+            sys.stdout.flush()
+        elif "bits_per_byte" in line or time.monotonic() - shown >= 10:
+            say(line)
+            shown = time.monotonic()
+
+    return show
 
 
 @command
