@@ -146,6 +146,8 @@ class Decoder(nn.Module):
                 the context together with the cache, or padding stands before a real token.
         """
         self._check(input_ids, mask, 0 if cache is None else cache.length)
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} must be 0, for all positions, or more")
         hidden_states = self.embed_tokens(input_ids)
         routings = []
         for index, layer in enumerate(self.layers):
