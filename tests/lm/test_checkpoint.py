@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,38 +41,20 @@ def stop_at(last: int):
     return before_step
 
 
-def start(folder: Path, steps: int, pause: float) -> subprocess.Popen[str]:
-    command = [sys.executable, str(CHILD), str(folder), str(steps), "2", str(pause)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_a_run_that_is_killed_three_times_has_the_losses_of_an_unbroken_one(tmp_path: Path) -> None:
-    steps = 26
-    whole = start(tmp_path / "whole", steps, 0.0)  # runs beside the other one
-    reached: list[int] = []
-    for kill_after in (5, 12, 19):  # one right after a checkpoint would be at an even number
-        child = start(tmp_path / "broken", steps, 0.02)
-        assert child.stdout is not None
-        for line in child.stdout:
-            step = int(line.split()[1].split("/")[0])
-            reached.append(step)
-            if step >= kill_after:
-                child.send_signal(signal.SIGKILL)
-                break
-        child.stdout.close()
-        assert child.wait(30) == -signal.SIGKILL
-        state = load_state(tmp_path / "broken")
-        assert state is not None
-        assert state.step % 2 == 0
-        assert kill_after - 1 <= state.step < steps
-    last = start(tmp_path / "broken", steps, 0.0)
-    output, _ = last.communicate(timeout=60)
-    assert last.returncode == 0
-    assert whole.wait(60) == 0
-    whole.stdout.close()  # type: ignore[union-attr]
-    assert int(output.split()[1].split("/")[0]) > 12, "the last part began anew instead of going on"
+    command = [sys.executable, str(CHILD), str(tmp_path / "broken"), "kill", "5", "12", "19"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    history = json.loads(done.stdout.splitlines()[-1])
+    kept = 0
+    for (begun, reached, state), kill in zip(history, (5, 12, 19, 26), strict=True):
+        assert begun == kept + 1, "a part did not go on from the checkpoint before it"
+        assert kill <= reached < kill + 5
+        assert kill - 1 <= state <= reached + 2
+        kept = state
     broken, unbroken = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("broken", "whole"))
-    assert len(unbroken[0]) == steps
+    assert len(unbroken[0]) == 26
     assert broken == unbroken  # bit for bit: JSON keeps every digit of a float
 
 

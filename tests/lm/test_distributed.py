@@ -20,11 +20,15 @@ CHILD = Path(__file__).parent / "training_child.py"
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
-    run = [str(CHILD), str(tmp_path / "two"), "5", "0", "0"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = subprocess.Popen([sys.executable, *torchrun, *run], env=environment, stdout=subprocess.PIPE, text=True)
-    subprocess.run([sys.executable, *run[:1], str(tmp_path / "one"), *run[2:]], env=environment, check=True, timeout=60)
+    two = subprocess.Popen(
+        [sys.executable, *torchrun, str(CHILD), str(tmp_path / "two")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    subprocess.run([sys.executable, str(CHILD), str(tmp_path / "one")], env=environment, check=True, timeout=60)
     output, _ = two.communicate(timeout=90)
     assert two.returncode == 0
     assert output.count("step 5/5") == 1  # one of them reports

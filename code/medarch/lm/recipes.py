@@ -129,12 +129,20 @@ def load_text() -> Text:
     return Text(corpus, tokenizer, pack(tokenizer, corpus.train))
 
 
-def validation(tokenizer: Tokenizer, documents: Sequence[Document]) -> Callable[[nn.Module], dict[str, float]]:
-    """An evaluation for ``train``: bits per byte and nats a token on these documents."""
+def validation(
+    tokenizer: Tokenizer, documents: Sequence[Document], context: int
+) -> Callable[[nn.Module], dict[str, float]]:
+    """An evaluation for ``train``: bits per byte and nats a token on these documents.
+
+    Args:
+        tokenizer: Of the model.
+        documents: Not among those that it is trained on.
+        context: Longest input; positions beyond the training length have never been seen.
+    """
 
     def measure(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, Decoder)
-        result = evaluate(model, tokenizer, documents)
+        result = evaluate(model, tokenizer, documents, context=context)
         return {"bits_per_byte": result.bits_per_byte, "nats_per_token": result.loss}
 
     return measure

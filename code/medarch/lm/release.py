@@ -67,7 +67,7 @@ def run_recipe(
             text.tokens,
             recipe.training,
             folder,
-            evaluate=validation(text.tokenizer, text.corpus.validation),
+            evaluate=validation(text.tokenizer, text.corpus.validation, recipe.training.length),
             report=report,
             workers=group,
         )
@@ -118,7 +118,7 @@ def export(model: Decoder, recipe: Recipe, log: TrainingLog, facts: dict[str, An
     total, active = count_parameters(recipe.model)
     results = {}
     for part in MEASURED:
-        measured = evaluate(stored, tokenizer, getattr(text.corpus, part))
+        measured = evaluate(stored, tokenizer, getattr(text.corpus, part), context=recipe.training.length)
         results[part] = {
             "bits_per_byte": measured.bits_per_byte,
             "standard_error": measured.standard_error,
@@ -190,7 +190,7 @@ def model_card(recipe: Recipe, facts: dict[str, Any]) -> str:
     )
     epochs = facts["tokens_trained_on"] / facts["data"]["tokens"]
     return f"""---
-license: mit
+license: cc-by-4.0
 language: en
 library_name: transformers
 pipeline_tag: text-generation
@@ -213,9 +213,10 @@ The weights as they are stored here, in bfloat16, computed with in float32:
 | --- | --- | --- |
 {rows}
 
-The interval is one standard error over the choice of documents. Another seed changes the result as well; the book's \
-record `lm/checkpoint-spread` says by how much in shorter runs. Perplexity per token compares only models that share \
-this tokenizer.
+Behind ± stands one standard error over the choice of documents. A document longer than the {training["length"]} \
+tokens of a training window was read in overlapping windows of that length. Another seed changes the result as well; \
+the book's record `lm/checkpoint-spread` says by how much in shorter runs. Perplexity per token compares only models \
+that share this tokenizer.
 
 ## Training
 
