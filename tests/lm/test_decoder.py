@@ -165,6 +165,18 @@ def test_gradients_of_a_layer_are_those_of_finite_differences(kind: str, generat
     assert torch.autograd.gradcheck(function, [inputs, *weights], fast_mode=True)
 
 
+def test_a_layer_that_answers_nothing_leaves_the_stream_as_it_is(generator: torch.Generator) -> None:
+    stream = torch.randn(2, 7, 12, generator=generator)
+    for kind in ("dense", "moe"):
+        layer = Decoder(CONFIGS[kind], generator).layers[0]
+        experts = layer.feed_forward.experts if kind == "moe" else layer.feed_forward
+        with torch.no_grad():
+            experts.down_proj.zero_()
+            torch.testing.assert_close(layer(stream)[0], stream + layer.mixer(layer.mixer_norm(stream)))
+            layer.mixer.o_proj.zero_()
+            torch.testing.assert_close(layer(stream)[0], stream)
+
+
 # --- the whole ---
 
 
@@ -264,7 +276,7 @@ def test_one_seed_is_one_model() -> None:
     weights = [torch.cat([weight.flatten() for weight in model.parameters()]) for model in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert float(Decoder(CONFIGS["dense"], torch.Generator().manual_seed(5)).embed_tokens.weight.std()) == (
+    assert float(Decoder(CONFIGS["dense"], torch.Generator().manual_seed(5)).embed_tokens.weight.detach().std()) == (
         pytest.approx(0.5, rel=0.15)
     )
 
