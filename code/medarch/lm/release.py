@@ -58,6 +58,7 @@ def run_recipe(
     Raises:
         ValueError, FloatingPointError, OSError: As ``train`` does.
     """
+    machine = provenance.device(device)
     digest, date = source_digest(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with workers(device) as group:
         text = load_text()
@@ -77,7 +78,7 @@ def run_recipe(
             "recipe": recipe.name,
             "command": command or f"medarch train {recipe.name}",
             "date": date,
-            "device": provenance.device(device) | {"processes": group.size, "threads": torch.get_num_threads()},
+            "device": machine | {"processes": group.size, "threads": torch.get_num_threads()},
             "versions": provenance.versions(),
             "commit": provenance.commit(),
             "source_digest": digest,
