@@ -82,8 +82,9 @@ MODULES = ("scaling", "training", "decoder", "evaluation", "tokenizer", "batches
 def scaling(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
     """Held-out loss of small decoders over size and number of experts, with laws fitted and extrapolated.
 
-    All see the same tokens in the same order, about a third of the corpus, once, under the same schedule. The
-    learning rate falls as one over the width (Yang et al. 2022, arXiv:2203.03466) and was tuned for no size. Losses are those of the validation documents.
+    All see the same number of tokens, less than the corpus holds, under the same schedule; those of one seed see
+    the same tokens in the same order. The learning rate falls as one over the width (Yang et al. 2022,
+    arXiv:2203.03466) and was tuned for no size. Losses are those of the validation documents.
 
     Args:
         device: Where to train.
