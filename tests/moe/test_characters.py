@@ -9,6 +9,7 @@ from medarch.moe import MoEConfig, TopKRouter
 from medarch.moe.balance import evenness
 from medarch.moe.characters import (
     CONTEXT,
+    OTHER,
     CharacterModel,
     Characters,
     LimitedRouter,
@@ -17,6 +18,7 @@ from medarch.moe.characters import (
     default_config,
     evaluate,
     install,
+    load_characters,
     sample,
     train_characters,
 )
@@ -139,3 +141,15 @@ def test_the_bias_and_the_noise_exclude_each_other():
 def test_default_config_is_top_1_with_a_gradient():
     config = default_config()
     assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (8, 1, False)
+
+
+def test_the_corpus_by_character():
+    characters = load_characters(size=30)
+    assert len(characters.alphabet) == 30
+    assert characters.alphabet[:2] == "\0 ", "the space is the most frequent character"
+    assert len(characters.train) > 10 * len(characters.test) > 100_000
+    for part in (characters.train, characters.validation, characters.test):
+        assert 0 < (part == OTHER).double().mean() < 0.1
+        assert part.max() == 29
+    with pytest.raises(ValueError, match="size=1"):
+        load_characters(size=1)
