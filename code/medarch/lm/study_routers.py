@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
     "encoder_sparse_step": 2, "mamba_d_state": 4, "mamba_d_conv": 2, "mamba_dt_rank": 4, "mamba_n_heads": 4,
     "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 4,
-    "n_groups": 1, "use_mamba_kernels": False, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_head_dim": 8, "linear_num_heads": 4,
     "router_hidden_size": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61,
 }  # fmt: skip
