@@ -16,6 +16,7 @@ import pytest
 
 from medarch.site import build, execute
 from medarch.site.chapters import BookError, Project, line_of
+from medarch.site.digest import chapter_digest
 from medarch.site.evidence import check, collect, read_claims, read_evidence
 
 FIRST, SECOND = "demo/first", "demo/second"
@@ -103,6 +104,24 @@ def test_a_changed_package_runs_its_dependants_alone(fixture_book: Path, tmp_pat
     build_side = code / "medarch/site/execute.py"
     build_side.write_text(build_side.read_text("utf8") + "\nCHANGED = True\n")
     assert ran() == []
+
+
+def test_a_page_that_loads_checkpoints_stands_on_them(fixture_book: Path) -> None:
+    edit(fixture_book / "book/demo/second.md", "import os", "import os\nfrom medarch.lm.loading import load")
+
+    def digests() -> list[str]:
+        project = Project(fixture_book)
+        return [chapter_digest(project, project.chapters[name], {}) for name in (FIRST, SECOND)]
+
+    before = digests()
+    weights = fixture_book / "book/checkpoints/tiny/model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"one")
+    one = digests()
+    weights.write_bytes(b"two")
+    two = digests()
+    assert before[0] == one[0] == two[0]
+    assert len({before[1], one[1], two[1]}) == 3
 
 
 def test_an_unproved_claim_is_named_with_its_remedy(fixture_book: Path) -> None:
