@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from medarch.bench.memory import peak_memory
+from medarch.lm.cached_reading import CachedReader, random_tokens
 from medarch.lm.config import DecoderConfig
 from medarch.lm.decoder import Decoder
 from medarch.lm.memory_by_length import memory_by_length, storage_bytes
@@ -54,6 +56,18 @@ def test_the_cache_is_what_the_formula_says(build: object) -> None:
         assert each.weights == storage_bytes([*model.parameters(), *model.buffers()])
         assert each.peak == each.weights + each.cache + each.activations
     assert found[1].activations > found[0].activations > 0
+
+
+def test_cache_and_activations_together_are_the_peak_of_reading() -> None:
+    model = ours().eval()
+    ids = random_tokens(model, 2, 19)
+
+    def read() -> object:
+        reader = CachedReader(model, 2, 19)
+        return reader.read(ids), reader.cache
+
+    found = memory_by_length(model, [19], batch_size=2)[0]
+    assert found.cache + found.activations == peak_memory(read)
 
 
 def test_only_the_last_position_is_scored() -> None:
