@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from medarch.bench.partial import Partials
 from medarch.bench.registry import benchmark, find
 from medarch.bench.timing import compare
-from medarch.data.corpus import Document
+from medarch.data.corpus import Corpus, Document, load_corpus
 from medarch.data.icd import load_entries
 from medarch.lm.batches import pack, sample_batch
 from medarch.lm.config import DecoderConfig
 from medarch.lm.decoder import Decoder
 from medarch.lm.evaluation import evaluate
-from medarch.lm.recipes import Text, load_text
+from medarch.lm.tokenizer import Tokenizer
 from medarch.lm.training import TrainingConfig, train
 from medarch.lm.upcycling import upcycle_decoder
 from medarch.moe.balance import evenness
@@ -42,10 +42,12 @@ from medarch.moe.router import Routing
 
 NAME = "lm/moe-training"
 SEEDS = (0, 1, 2, 3)
-STEPS = 120
-RATE = 3e-3
-STRESS = 10  # times the rate, for the stressed runs
-EXPERT, USED, HELD = 64, 2, 8
+STEPS = 100
+HIDDEN = 64
+VOCABULARY = 2048
+RATE = 6e-3
+STRESS = 5  # times the rate, for the stressed runs
+EXPERT, USED, HELD = 48, 2, 8
 FINE_TUNING_STEPS = 40
 FINE_TUNED = ("nothing", "all", "all but experts", "experts", "half of the experts frozen", "routers")
 
@@ -81,15 +83,13 @@ class Variant:
     learning_rate: float = RATE
 
 
-# Scale 1 in the sense of Fedus et al. 2021 (section 2.4) means a variance of one over the width, where the
-# plain runs have a deviation of 0.02; they recommend a tenth of it.
-_SCALE_ONE = 96**-0.5 / 0.02
-
 _CHANGES: dict[str, dict[str, Any]] = {
     "plain": {},
     "dense": {"kind": "dense"},
     "router_small": {"initial_router_scale": 0.1},
-    "weights_large": {"initial_scale": _SCALE_ONE},
+    # The plain runs have a variance of one over the width, scale 1 in the sense of Fedus et al. 2021 (section
+    # 2.4), who recommend a tenth of it.
+    "weights_small": {"initial_scale": 0.1**0.5},
     "router_bfloat16": {"bfloat16_router": True},
     "router_slow": {"router_rate": 0.1},
     "router_before_norm": {"norm_before_router": False},
@@ -99,7 +99,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "dense_to_sparse": {"schedule": (8, 4, 2)},
     "one_expert_first": {"schedule": (1, 2)},
 }
-_STRESSED = ("plain", "router_bfloat16", "router_slow", "no_warmup", "no_clipping", "z_loss", "weights_large")
+_STRESSED = ("plain", "router_bfloat16", "router_slow", "no_warmup", "no_clipping", "z_loss", "weights_small")
 VARIANTS = {name: Variant(**changes) for name, changes in _CHANGES.items()}
 STRESSED = {name: dataclasses.replace(VARIANTS[name], learning_rate=STRESS * RATE) for name in _STRESSED}
 
@@ -108,7 +108,9 @@ STRESSED = {name: dataclasses.replace(VARIANTS[name], learning_rate=STRESS * RAT
 class Setting:
     """What all runs share: the text, its size and the number of updates."""
 
-    text: Text
+    corpus: Corpus
+    tokenizer: Tokenizer
+    tokens: Tensor
     documents: tuple[Document, ...]
     steps: int
     length: int
@@ -129,31 +131,26 @@ class Setting:
         )
         return dataclasses.replace(config, **changes)
 
-    @property
-    def tokens(self) -> Tensor:
-        """The training text."""
-        return self.text.tokens.to(self.device)
-
     def bits(self, model: nn.Module, documents: Sequence[Document] | None = None) -> float:
         """Bits per byte on documents, those of the validation part by default."""
         assert isinstance(model, Decoder)
-        return evaluate(model, self.text.tokenizer, documents or self.documents).bits_per_byte
+        return evaluate(model, self.tokenizer, documents or self.documents).bits_per_byte
 
 
 @benchmark(
     NAME,
     modules=[
-        *(f"medarch.lm.{name}" for name in ("decoder", "training", "evaluation", "recipes", "upcycling")),
+        *(f"medarch.lm.{name}" for name in ("decoder", "training", "evaluation", "tokenizer", "upcycling")),
         *(f"medarch.moe.{name}" for name in ("curriculum", "precision", "balance")),
-        "medarch.data.icd",
+        "medarch.data.corpus",
     ],
 )
 def training_study(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
     """Bits per byte of small decoders trained in different ways, with the same seeds, text and order of batches.
 
     Every variant differs from the plain run in one thing. Seeds change the initial weights and the order of the
-    data, alike for all variants, so that differences are taken seed by seed. The validation documents give the
-    numbers; nothing was chosen by them, since no setting was tuned.
+    data, alike for all variants, so that differences are taken seed by seed. Every second validation
+    document gives the numbers; nothing was chosen by them, since no setting was tuned.
 
     Args:
         device: Where to train.
@@ -163,9 +160,18 @@ def training_study(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         For each variant its results and their difference from the plain run; growing a mixture from a dense
         model; fine-tuning parts of one; steps and time to the quality of the dense model.
     """
-    text = load_text()
-    documents = text.corpus.validation[:20] if quick else text.corpus.validation
-    setting = Setting(text, documents, 6 if quick else STEPS, 16 if quick else 128, 3 if quick else 15, device)
+    corpus = load_corpus()
+    tokenizer = Tokenizer.train((document.text for document in corpus.train), VOCABULARY)
+    setting = Setting(
+        corpus,
+        tokenizer,
+        pack(tokenizer, corpus.train).to(device),
+        documents=corpus.validation[:20] if quick else corpus.validation[::2],
+        steps=6 if quick else STEPS,
+        length=16 if quick else 128,
+        rounds=3 if quick else 15,
+        device=device,
+    )
     seeds = SEEDS[:2] if quick else SEEDS
     parts = Partials(find(NAME), device, quick)
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {"usual": {}, "stressed": {}}
@@ -191,18 +197,19 @@ def training_study(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
     }
 
 
-def build(variant: Variant, seed: int, vocab_size: int = 2048, layers: int = 2, hidden: int = 96) -> Decoder:
+def build(variant: Variant, seed: int) -> Decoder:
     """The decoder of a variant with its initial weights."""
     routed = variant.kind == "moe"
     config = DecoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
         intermediate_size=USED * EXPERT,
-        num_hidden_layers=layers,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         feed_forwards=("moe",) if routed else ("dense",),
-        moe=MoEConfig(hidden, EXPERT, HELD, USED) if routed else None,
+        initializer_range=HIDDEN**-0.5,
+        moe=MoEConfig(HIDDEN, EXPERT, HELD, USED, initializer_range=HIDDEN**-0.5) if routed else None,
         router_aux_loss_coef=0.01 if routed else 0.0,
         router_z_loss_coef=variant.z_loss,
     )
@@ -276,7 +283,7 @@ def _run(setting: Setting, variant: Variant, seed: int) -> dict[str, Any]:
 @torch.no_grad()
 def _routers(setting: Setting, model: Decoder) -> dict[str, float]:
     """How large the logits are on held-out text, what rounding would do to them, and how even the load is."""
-    tokens = pack(setting.text.tokenizer, setting.documents).to(setting.device)
+    tokens = pack(setting.tokenizer, setting.documents).to(setting.device)
     batch, _ = sample_batch(tokens, 16, setting.length, torch.Generator().manual_seed(0))
     routed = [routing for routing in model(batch).routings if routing is not None]
     rounded = [rounding(routing.logits, USED) for routing in routed]
@@ -309,12 +316,11 @@ def _grow(setting: Setting, seed: int) -> dict[str, float]:
     return found
 
 
-def icd_documents(quick: bool = False) -> tuple[list[Document], list[Document]]:
+def icd_documents(corpus: Corpus, quick: bool = False) -> tuple[list[Document], list[Document]]:
     """ICD-10-CM for training and for testing, which share no category (the three characters before the point).
 
     Those for testing are of the corpus's out-of-domain documents; a fifth of the categories is theirs.
     """
-    corpus = load_text().corpus
     sampled = {document.id for document in corpus.out_of_domain}
     parts: tuple[list[Document], list[Document]] = ([], [])
     for entry in load_entries():
@@ -329,8 +335,8 @@ def icd_documents(quick: bool = False) -> tuple[list[Document], list[Document]]:
 def _fine_tune(setting: Setting, seed: int) -> dict[str, dict[str, float]]:
     """A trained mixture is taught the language of ICD-10-CM, one part of it at a time."""
     quick = setting.steps < STEPS
-    seen, unseen = icd_documents(quick)
-    tokens = pack(setting.text.tokenizer, seen).to(setting.device)
+    seen, unseen = icd_documents(setting.corpus, quick)
+    tokens = pack(setting.tokenizer, seen).to(setting.device)
     trained = build(VARIANTS["plain"], seed).to(setting.device)
     train(trained, setting.tokens, setting.training(VARIANTS["plain"], seed))
     config = TrainingConfig(
