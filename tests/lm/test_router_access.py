@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from medarch.bench import records
 from medarch.lm import study_routers
 from medarch.lm.config import DecoderConfig
 from medarch.lm.decoder import Decoder
@@ -117,4 +118,37 @@ def test_every_family_of_the_installed_transformers_is_known_or_named_as_missing
     """A new family in transformers makes this fail, so that somebody decides what becomes of it."""
     listed = set(study_routers.families_in_transformers())
     assert set(study_routers.FAMILIES) <= listed
-    assert listed - set(study_routers.FAMILIES) == {"doge", "gemma4_unified", "granite_docling", "vitpose_backbone"}
+    assert listed - set(study_routers.FAMILIES) == set(study_routers.OUTSIDE)
+
+
+def test_a_router_of_product_keys_is_refused_by_name() -> None:
+    from transformers import DogeConfig, DogeForCausalLM
+
+    config = DogeConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_experts=16,
+        num_experts_per_tok=3,
+        is_moe=True,
+    )
+    with pytest.raises(ValueError, match="DogeForCausalLM has no router that this book knows how to find"):
+        find_moe_blocks(DogeForCausalLM(config))
+
+
+def test_the_record_says_what_the_page_says_of_it() -> None:
+    results = records.load_named(study_routers.NAME, "cpu").results
+    families = results["families"]
+    assert set(families) == set(study_routers.FAMILIES)
+    assert set(results["refused"]) == set(study_routers.OUTSIDE)
+    assert all(found["logits_equal"] is True for found in families.values())
+    otherwise = {name for name, found in families.items() if found["counts_equal_work"] is not True}
+    assert otherwise == {"llama4", "nllb_moe"}
+    assert families["nllb_moe"]["counts_equal_work"] is False
+    assert families["llama4"]["counts_equal_work"] is None
+    assert [name for name, found in families.items() if found["router"] is None] == ["zaya"]
+    by_bias = [name for name, found in families.items() if found["top_k_of_logits"] < 1]
+    assert {"deepseek_v2", "deepseek_v3", "glm4_moe", "switch_transformers"} <= set(by_bias)
+    assert 30 <= len(by_bias) <= 40
