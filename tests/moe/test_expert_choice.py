@@ -77,6 +77,15 @@ def test_padding_is_taken_by_nobody_and_changes_nothing() -> None:
     assert layer(padded, torch.zeros(1, 19, dtype=torch.bool))[0].abs().max() == 0
 
 
+def test_a_real_score_of_zero_goes_before_padding() -> None:
+    """An underflown probability is still a token's, and padding in front of it must not take its place."""
+    probs = torch.tensor([[0.9, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    taken = ExpertChoiceRouter(MoEConfig(7, 11, 2, 1, norm_topk_prob=False)).choose(
+        probs, torch.tensor([False, True, True])
+    )
+    assert taken.tolist() == [[False, False], [True, True], [False, False]]
+
+
 def test_a_later_token_changes_an_earlier_ones_output() -> None:
     """In expert choice, and not in token choice with the same weights."""
     layer, generator = make_layer(6)

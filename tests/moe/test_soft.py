@@ -110,6 +110,7 @@ def test_the_hash_is_a_function_of_the_vector_and_never_learns(generator: torch.
     torch.testing.assert_close(routing.weights, torch.full((13, 2), 0.5, dtype=torch.float64))
     output.sum().backward()
     assert layer.router.weight.grad is None
+    assert not layer.router.weight.requires_grad
     assert layer.experts.down_proj.grad.abs().max() > 0
 
 
