@@ -326,7 +326,7 @@ def icd_documents(corpus: Corpus, quick: bool = False) -> tuple[list[Document], 
     for entry in load_entries():
         held_out = hashlib.sha256(f"category {entry.code[:3]}".encode()).digest()[0] < 51
         name = f"ICD-10-CM {entry.code}"
-        if held_out <= (name in sampled):
+        if held_out == (name in sampled):
             text = f"{entry.title}: {'; '.join(entry.notes)}"
             parts[held_out].append(Document(name, entry.title, text, None))
     return (parts[0][:200], parts[1][:20]) if quick else parts
