@@ -23,7 +23,8 @@ VERSE = (
     "symmetry?",
     "I wandered lonely as a cloud That floats on high o'er vales and hills, When all at once I saw a crowd, A host, of "
     "golden daffodils;",
-    "Because I could not stop for Death, He kindly stopped for me; The carriage held but just ourselves And Immortality.",
+    "Because I could not stop for Death, He kindly stopped for me; The carriage held but just ourselves And "
+    "Immortality.",
     "Once upon a midnight dreary, while I pondered, weak and weary, Over many a quaint and curious volume of forgotten "
     "lore,",
     "'Twas brillig, and the slithy toves Did gyre and gimble in the wabe: All mimsy were the borogoves, And the mome "
