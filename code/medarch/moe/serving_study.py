@@ -168,6 +168,8 @@ def launch(processes: int, *arguments: str, timeout: float = 300) -> list[dict[s
         check=False,
     )
     if finished.returncode:
-        raise ValueError(f"{processes} processes of medarch.moe.expert_parallel failed:\n{finished.stderr[-2000:]}")
+        lines = finished.stderr.splitlines()
+        told = [line for line in lines if "Error: " in line and "ChildFailed" not in line] or lines[-20:]
+        raise ValueError(f"{processes} processes of medarch.moe.expert_parallel failed:\n" + "\n".join(told))
     answer: dict[str, list[dict[str, Any]]] = json.loads(finished.stdout.strip().splitlines()[-1])
     return answer["ranks"]
