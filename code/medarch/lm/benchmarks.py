@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from medarch.lm import study_routers as study_routers  # declares lm/router-access
 from medarch.lm import study_scaling as study_scaling  # declares lm/scaling
+from medarch.lm import study_specialisation as study_specialisation  # declares lm/specialisation
 from medarch.lm import study_spread as study_spread  # declares lm/checkpoint-spread
 from medarch.lm import study_step as study_step  # declares lm/training-step
 from medarch.lm import study_training as study_training  # declares lm/moe-training

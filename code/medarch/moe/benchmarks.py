@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medarch.bench import benchmark, compare
 from medarch.moe import balance_study as balance_study  # declares moe/balancing-study
+from medarch.moe import heterogeneous_study as heterogeneous_study  # declares moe/heterogeneous-study
 from medarch.moe import routing_study as routing_study  # declares moe/routing-study
 from medarch.moe import serving_study as serving_study  # declares moe/batch-latency and moe/expert-parallel
 from medarch.moe import study as study  # declares moe/classifier-study
