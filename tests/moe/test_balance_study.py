@@ -35,6 +35,6 @@ def test_another_device_is_refused():
 @pytest.fixture(scope="module")
 def rows():
     record = load(record_path(balance_study.NAME))
-    assert record.repeats == 5
+    assert record.repeats == 4
     assert set(record.results["treatments"]) == set(TREATMENTS)
     return record.results["treatments"]

@@ -20,7 +20,7 @@ from medarch.moe.characters import (
 from medarch.moe.study import summary
 
 NAME = "moe/balancing-study"
-SEEDS: tuple[int, ...] = tuple(range(5))
+SEEDS: tuple[int, ...] = tuple(range(4))
 MEASURES = ("bits", "entropy", "effective", "max_over_mean", "variation", "idle", "largest_logit", "dropped")
 
 
@@ -63,7 +63,7 @@ TREATMENTS: dict[str, Treatment] = {
 
 @benchmark(NAME, modules=["medarch.moe.characters", "medarch.moe.balance"])
 def balancing_study(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
-    """Load and loss of a top-1 mixture on real text, without a remedy and with each, over five seeds.
+    """Load and loss of a top-1 mixture on real text, without a remedy and with each, over four seeds.
 
     All treatments share initial weights, batches, optimiser and steps of a seed; they differ in the remedy,
     or in the number of experts, alone. The learning rate was settled in trials on the validation text; the
