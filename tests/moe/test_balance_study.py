@@ -38,3 +38,36 @@ def rows():
     assert record.repeats == 4
     assert set(record.results["treatments"]) == set(TREATMENTS)
     return record.results["treatments"]
+
+
+def mean(rows, name, measure):
+    return rows[name][measure]["mean"]
+
+
+def test_the_record_shows_collapse_and_two_cures(rows):
+    assert mean(rows, "nothing", "effective") < 4.5
+    assert max(rows["nothing"]["entropy"]["values"]) < 0.8
+    for cure in ("auxiliary_0_01", "auxiliary_0_1", "bias_0_01"):
+        assert min(rows[cure]["entropy"]["values"]) > 0.9
+        assert mean(rows, cure, "bits") < mean(rows, "four_experts", "bits") < mean(rows, "nothing", "bits")
+    # Eight collapsed experts predict about as well as two balanced ones.
+    assert abs(mean(rows, "nothing", "bits") - mean(rows, "two_experts", "bits")) < 0.05
+    assert mean(rows, "nothing", "bits") < mean(rows, "one_expert", "bits") - 0.05
+
+
+def test_the_record_shows_the_price_of_too_little_and_too_much(rows):
+    assert mean(rows, "auxiliary_0_001", "entropy") < 0.9
+    assert mean(rows, "auxiliary_1", "entropy") > 0.99
+    assert mean(rows, "auxiliary_1", "bits") > mean(rows, "auxiliary_0_1", "bits") + 0.02
+    assert mean(rows, "bias_0_001", "entropy") > 0.95
+    assert mean(rows, "bias_0_001", "bits") > mean(rows, "nothing", "bits") - 0.02
+
+
+def test_the_record_shows_what_does_not_balance(rows):
+    for strength in ("z_0_001", "z_0_01", "z_0_1"):
+        assert mean(rows, strength, "effective") < mean(rows, "nothing", "effective")
+    assert mean(rows, "noise", "entropy") < mean(rows, "nothing", "entropy") + 0.1
+    assert mean(rows, "nothing", "entropy") < mean(rows, "capacity_1_25", "entropy") < 0.9
+    assert mean(rows, "capacity_1_25", "bits") > mean(rows, "nothing", "bits") - 0.02
+    assert mean(rows, "capacity_1_25", "dropped") > 0.25
+    assert mean(rows, "capacity_1_25_auxiliary_0_01", "dropped") < 0.1
