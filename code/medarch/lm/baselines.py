@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import lzma
 from collections.abc import Sequence
 
@@ -84,8 +85,14 @@ def compressor_bits_per_byte(documents: Sequence[Document | str], given: Sequenc
     if not documents:
         raise ValueError("there is no document to compress: the list is empty")
     before, after = ("".join(f"{text}\n" for text in _texts(part)).encode() for part in (given, documents))
-    packed = len(lzma.compress(before + after, preset=9)) - len(lzma.compress(before, preset=9))
+    packed = _packed_size(before + after) - _packed_size(before)
     return 8 * packed / sum(len(text.encode()) for text in _texts(documents))
+
+
+@functools.lru_cache(maxsize=4)
+def _packed_size(text: bytes) -> int:
+    """Bytes that LZMA makes of a text; kept, since what is given is often given again."""
+    return len(lzma.compress(text, preset=9))
 
 
 def _texts(documents: Sequence[Document | str]) -> list[str]:

@@ -95,8 +95,8 @@ def draw_decoder(axes: Axes, config: DecoderConfig) -> None:
     )
     axes.text(5.5, 3.4, f"a layer, {config.num_hidden_layers} times", ha="center", color=QUIET)
     for left, colour, name in (
-        (2.9, ATTENTION, "attention\nfrom the tokens\nbefore"),
-        (5.8, FEED_FORWARD, "feed-forward\neach token\nby itself"),
+        (2.9, ATTENTION, "attention\nlooks at the\ntokens before"),
+        (5.8, FEED_FORWARD, "feed-forward\ntakes each\nby itself"),
     ):
         _box(axes, left, 1.0, 1.1, 0.62, "norm", QUIET)
         _box(axes, left, 2.25, 2.3, 1.35, name, colour)
@@ -123,7 +123,8 @@ def draw_turns(axes: Axes, pairs: Sequence[int], config: DecoderConfig, position
 
     Args:
         axes: where to draw.
-        pairs: which pairs, from 0 (the fastest) to ``head_dim / 2 - 1`` (the slowest); each gets a ring.
+        pairs: which pairs, from 0 (the fastest) to ``head_dim / 2 - 1`` (the slowest); each gets a ring, the
+            first the outermost.
         config: head size and rotary base.
         positions: how many positions, from 0.
     """
@@ -157,10 +158,10 @@ def draw_attention(axes: Axes, weights: Float[Tensor, "time time"], pieces: Sequ
     """
     if len(pieces) != weights.shape[0]:
         raise ValueError(f"{len(pieces)} tokens for attention weights of shape {tuple(weights.shape)}")
-    axes.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(weights.tolist(), cmap="Blues", vmin=0, vmax=1)
     labels = [shown(piece) for piece in pieces]
-    axes.set_yticks(range(len(labels)), labels, family="monospace", fontsize=9)
-    axes.set_xticks(range(len(labels)), labels, family="monospace", fontsize=9, rotation=90)
+    axes.set_yticks(range(len(labels)), labels, family="monospace", fontsize=11)
+    axes.set_xticks(range(len(labels)), labels, family="monospace", fontsize=11, rotation=90)
     axes.grid(visible=False)
 
 
