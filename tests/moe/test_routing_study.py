@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from medarch.bench.records import load, record_path
 from medarch.moe.accounting import flops_per_token
 from medarch.moe.classifier import Task, load_task
-from medarch.moe.routing_study import VARIANTS, RoutedClassifier, flops_of_layer, measure, sized, train_routed
+from medarch.moe.routing_study import NAME, VARIANTS, RoutedClassifier, flops_of_layer, measure, sized, train_routed
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,18 @@ def test_words_of_other_definitions_matter_only_where_the_batch_decides(task: Ta
             many = model.classify_words(model.words(*examples), examples[1])[0][:1]
             one = model.classify_words(model.words(examples[0][:1], examples[1][:1]), examples[1][:1])[0]
         assert torch.allclose(many, one, atol=1e-12) is alone
+
+
+def test_the_record_says_what_the_page_says_of_it() -> None:
+    results = load(record_path(NAME)).results
+    variants = results["variants"]
+    assert set(variants) == set(VARIANTS)
+    accuracy = {name: found["accuracy"]["mean"] for name, found in variants.items()}
+    by_k = results["experts_per_token"]["accuracy"]
+    # One, two, four and eight experts a token lie within two standard errors of the test set.
+    assert max(by_k.values()) - min(by_k.values()) < 2 * results["standard_error_at_90_percent"]
+    assert results["experts_per_token"]["best_minus_two"] == max(by_k.values()) - accuracy["top2"] >= 0
+    assert variants["expert_choice"]["max_over_mean_load"]["max"] == 1
+    assert 0 < variants["expert_choice"]["unserved"]["mean"] < 0.05
+    assert variants["switch"]["unserved"]["mean"] > 0.01
+    assert variants["dense"]["flops_per_token"] > 3.9 * variants["top2"]["flops_per_token"]

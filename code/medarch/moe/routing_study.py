@@ -62,7 +62,7 @@ def _noisy(config: MoEConfig, generator: torch.Generator) -> MoELayer:
     return MoELayer(config, generator, router=NoisyTopKRouter(config, generator, noise_generator=noise))
 
 
-SLOTS_PER_EXPERT = 6  # 48 slots for a definition of 25 words on average: two a word, as with two experts a token
+SLOTS_PER_EXPERT = 6  # 48 slots, for the 19 words that a definition has on average
 
 VARIANTS: dict[str, Variant] = {
     "top1": Variant(sized(1), _with(TopKRouter), 0.01),
