@@ -166,3 +166,9 @@ def test_evenness_stays_in_its_bounds(counts):
     assert -1e-12 <= found.variation <= (experts - 1) ** 0.5 + 1e-9
     assert 1 - 1e-9 <= found.effective <= experts + 1e-9
     assert found.idle == counts.count(0)
+
+
+def test_probabilities_in_the_padding_do_not_count():
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    indices = torch.tensor([[0], [NO_EXPERT]])
+    assert float(load_balancing_loss(probs, indices)) == pytest.approx(3 * 1 * 0.5)
