@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from medarch.bench.records import load_named
 from medarch.lm import study_spread
+from medarch.lm.recipes import RECIPES, count_parameters
 from medarch.lm.study_spread import error_of_difference, summary
 
 
@@ -62,3 +64,22 @@ def test_the_study_is_resumable_and_tells_seeds_apart(monkeypatch: pytest.Monkey
     assert results["moe_minus_dense"]["test"]["sd"] == pytest.approx(0.0, abs=1e-12)
     assert results["models"]["moe"]["parameters"]["total"] > results["models"]["dense"]["parameters"]["total"]
     assert (results["repeats"], results["steps"]) == (3, 300)
+
+
+def test_the_record_says_what_the_page_says_of_it() -> None:
+    record = load_named(study_spread.NAME)
+    assert record.repeats == len(study_spread.SEEDS) == 3
+    results = record.results
+    assert results["steps"] == study_spread.STEPS
+    for kind, model in results["models"].items():
+        assert len(model["curves"]) == 3
+        assert all(len(curve) == study_spread.STEPS // study_spread.STRETCH for curve in model["curves"])
+        assert model["parameters"]["total"] == count_parameters(RECIPES[kind].model)[0]
+    gaps = results["moe_minus_dense"]
+    for part, gap in gaps.items():
+        sparse, dense = (results["models"][kind][part]["bits_per_byte"]["values"] for kind in ("moe", "dense"))
+        assert gap["values"] == pytest.approx([a - b for a, b in zip(sparse, dense, strict=True)])
+        assert gap["low"] < 0 < gap["high"]
+    assert sorted(value > 0 for value in gaps["test"]["values"]) == [False, True, True]
+    pairs = zip(gaps["test"]["values"], gaps["test"]["standard_errors_over_documents"], strict=True)
+    assert all(abs(value) > 4 * error for value, error in pairs)
