@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from medarch.bench.records import load, record_path
 from medarch.data.corpus import Corpus, Document, load_corpus
 from medarch.lm import study_training as study
 from medarch.lm.batches import pack
@@ -116,3 +117,63 @@ def test_differences_by_hand():
     assert not found["told"]
     assert study.paired([2.0, 3.1, 5.0], [1.0, 2.0, 4.0])["told"]
     assert study.spread([1.0, 3.0]) == {"mean": 2, "sd": pytest.approx(2**0.5), "min": 1, "max": 3, "values": [1, 3]}
+
+
+@pytest.fixture(scope="module")
+def record():
+    return load(record_path(study.NAME))
+
+
+def test_the_record_says_of_the_variants_what_the_page_says(record):
+    usual, stressed = (record.results["variants"][group] for group in ("usual", "stressed"))
+    assert set(usual) == set(study.VARIANTS)
+    assert set(stressed) == set(study.STRESSED)
+    assert record.repeats == len(study.SEEDS) == len(usual["plain"]["bits_per_byte"]["values"]) == 4
+    assert not any(found["diverged"] for group in (usual, stressed) for found in group.values())
+    told = {
+        (name, label): found["minus_plain"]["mean"]
+        for label, group in (("usual", usual), ("stressed", stressed))
+        for name, found in group.items()
+        if found["minus_plain"]["told"]
+    }
+    better = {key for key, mean in told.items() if mean < 0}
+    assert better == {
+        ("weights_small", "usual"),
+        ("dense_to_sparse", "usual"),
+        ("no_warmup", "usual"),
+        ("z_loss", "stressed"),
+    }
+    assert set(told) - better == {("no_clipping", "usual"), ("weights_small", "stressed")}
+    assert 4 * min(told[key] for key in better - {("weights_small", "usual")}) > told["weights_small", "usual"]
+    logit = {name: found["largest_logit"]["mean"] for name, found in usual.items() if name != "dense"}
+    assert logit["router_before_norm"] > 3 * logit["plain"]
+    assert stressed["plain"]["largest_logit"]["mean"] > 1.5 * logit["plain"]
+    assert stressed["z_loss"]["largest_logit"]["mean"] < stressed["plain"]["largest_logit"]["mean"]
+    assert all(value < 0 for value in usual["dense_to_sparse"]["minus_plain"]["values"])
+
+
+def test_the_record_says_of_growing_and_tuning_what_the_page_says(record):
+    grown, tuned = record.results["upcycling"], record.results["fine_tuning"]
+    at_once, half_way = (grown[name]["left"]["values"] for name in ("upcycled_at_once", "dense_half_way"))
+    assert at_once == pytest.approx(half_way, abs=1e-4)
+    assert set(tuned) == set(study.FINE_TUNED)
+    new = {part: found["new"] for part, found in tuned.items()}
+    assert new["all but experts"]["max"] < new["experts"]["min"] < new["routers"]["min"] < new["nothing"]["min"]
+    gain = new["nothing"]["mean"] - new["all"]["mean"]
+    assert 0 < new["all but experts"]["mean"] - new["all"]["mean"] < gain / 10
+    assert new["nothing"]["mean"] - new["experts"]["mean"] < gain / 3
+    old = {part: found["old"]["mean"] for part, found in tuned.items()}
+    assert old["nothing"] < old["all but experts"] < old["all"]
+    assert tuned["experts"]["weights"] * 2 == pytest.approx(tuned["all"]["weights"], rel=0.05)
+    ends = [grown[name]["left"]["values"] for name in ("upcycled", "mixture_from_scratch")]
+    assert all(ours < theirs for ours, theirs in zip(*ends, strict=True))
+    assert -0.01 < grown["upcycled"]["mean"] < 0
+
+
+def test_the_record_says_of_time_what_the_page_says(record):
+    target = record.results["to_target"]
+    step = target["time_of_a_step"]["median"]
+    assert target["time"]["mean"] == pytest.approx(target["steps"]["mean"] * step)
+    assert target["time"]["min"] > 1
+    assert target["time"]["mean"] > 1.4
+    assert target["time"]["max"] - target["time"]["min"] > 0.3
