@@ -113,6 +113,8 @@ def test_training_learns_repeats_itself_and_leaves_the_global_generator(task: Mi
     assert torch.equal(first.experts, task.test.kinds)
     assert torch.equal(kinds_by_expert(task, first), 12 * torch.eye(4, dtype=torch.long))
     assert float(first.right.double().mean()) > 2 / len(task.answers)
+    untouched = build_system("assigned", 18, 1).router.weight
+    assert torch.equal(first.model.router.weight, untouched), "where the kind is told, the router has no part"
     other = train_system(task, "learned", seed=1, epochs=1)
     assert sum(other.accuracy(task.test.kinds)) / 4 == pytest.approx(float(other.right.double().mean()))
     assert int(kinds_by_expert(task, other).sum()) == 48
