@@ -216,16 +216,31 @@ def _progress() -> Callable[[str], None]:
 
 
 @command
-def records() -> None:
-    """Refuse a release while a record was measured with an earlier version of its code."""
-    from medarch.bench.commands import stale_records
+def verify(checkpoint: str) -> None:
+    """Hold a committed checkpoint to the present code: its first steps again, and its figures."""
+    from medarch.lm.verify import verify as run
 
-    stale = stale_records(Project.find().book / "records")
-    faults = [Fault(f"book/records/{name}", 1, "the code or data behind it has changed since", remedy)
+    try:
+        say(f"It fits the present code, as {run(checkpoint)} now says.")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@command
+def records() -> None:
+    """Refuse a release while a record or a checkpoint stands on an earlier version of its code."""
+    from medarch.bench.commands import stale_records
+    from medarch.lm.verify import stale_checkpoints
+
+    book = Project.find().book
+    stale = {f"records/{name}": remedy for name, remedy in stale_records(book / "records").items()}
+    stale |= {f"checkpoints/{name}": remedy for name, remedy in stale_checkpoints().items()}
+    faults = [Fault(f"book/{name}", 1, "the code or data behind it has changed since", remedy)
               for name, remedy in stale.items()]  # fmt: skip
     if faults:
         raise BookError(faults)
-    say("Every record was measured with the code as it stands.")
+    say("Every record was measured, and every checkpoint trained or verified, with the code as it stands.")
 
 
 if __name__ == "__main__":
