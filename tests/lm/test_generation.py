@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,6 +56,20 @@ def test_greedy_takes_the_best_of_the_full_forward_pass(
     assert torch.equal(generate(model, start, 11), expected)
     assert torch.equal(generate(model, start, 11, use_cache=False), expected)
     assert torch.equal(generate(model, start, 11, top_k=3, top_p=0.4), expected)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_greedy_writes_what_transformers_writes(kind: str, tmp_path: Path, generator: torch.Generator) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from medarch.lm.bridge import save_pretrained
+
+    model = make_decoder(generator, PATTERNS[kind])
+    save_pretrained(model, None, tmp_path, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
+    start = prompts(3, 7, generator)
+    expected = theirs.generate(start, max_new_tokens=19, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(generate(model, start, 19), expected)
 
 
 def test_the_cache_is_used(generator: torch.Generator) -> None:
