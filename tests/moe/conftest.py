@@ -9,7 +9,10 @@ import pytest
 import torch
 
 # Before any test module imports the package: what is imported already stays unchecked.
-MODULES = ("config", "dense", "experts", "layer", "mixtral", "reference", "router")
+MODULES = (
+    *("config", "dense", "experts", "layer", "mixtral", "reference", "router"),
+    *("balance", "capacity", "expert_choice", "fixed", "loss_free", "noisy", "probes", "shared", "soft", "switch"),
+)
 jaxtyping.install_import_hook([f"medarch.moe.{name}" for name in MODULES], "beartype.beartype")
 
 

@@ -125,6 +125,7 @@ def test_z_loss_by_hand_and_at_its_least():
     assert float(router_z_loss(torch.tensor([[5.0, 1.0, -2.0]]).log_softmax(-1))) == pytest.approx(0, abs=1e-10)
 
 
+@pytest.mark.usefixtures("annotations_off")
 def test_faults_are_refused_by_name():
     probs = torch.full((3, 4), 0.25)
     with pytest.raises(ValueError, match="do not fit probs"):
@@ -145,6 +146,7 @@ def test_faults_are_refused_by_name():
         evenness([0, 0])
 
 
+@pytest.mark.usefixtures("annotations_off")
 def test_evenness_by_hand():
     assert evenness([7, 7, 7]) == Evenness(pytest.approx(1.0), 1.0, 0.0, pytest.approx(3.0), 0)
     one = evenness([0, 0, 0, 0, 11])

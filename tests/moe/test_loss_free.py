@@ -109,6 +109,7 @@ def test_a_layer_takes_it_and_learns():
     assert layer.router.weight.grad.abs().max() > 0
 
 
+@pytest.mark.usefixtures("annotations_off")
 def test_faults_are_refused_by_name():
     with pytest.raises(ValueError, match="update_rate must be positive"):
         LossFreeRouter(MoEConfig(6, 4), update_rate=0.0)

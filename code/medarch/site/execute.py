@@ -132,7 +132,8 @@ def run_chapter(
     running.add(client)
     try:
         client.execute(env=kernel_environment(chapter.root))
-        processor, peak = map(float, notebook.cells.pop().outputs[0].text.split())
+        # A busy kernel may send one line in several messages.
+        processor, peak = map(float, "".join(output.text for output in notebook.cells.pop().outputs).split())
     except CellExecutionError as error:
         inner = re.findall(r"(?:Cell In\[\d+\], |ipython-input[^\n]*?)line (\d+)", _plain(error.traceback))
         (cell, line), told = place(), f"raised {error.ename}: {_plain(error.evalue)}"
