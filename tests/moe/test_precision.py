@@ -21,6 +21,9 @@ def test_rounding_by_hand():
     assert found.changed == 0
     # The order is lost: what was second is now first, being the first of two equals.
     assert rounding(logits[:1].flip(-1), 1).changed == 1
+    # Of k experts all count: here the first stays and the second is lost.
+    three = torch.tensor([[129.6, 130.4, 200.0]], dtype=torch.float64)
+    assert (rounding(three, 1).changed, rounding(three, 2).changed, rounding(three, 3).changed) == (0, 1, 0)
 
 
 def test_exact_logits_lose_nothing():
