@@ -1,8 +1,20 @@
-"""``pytest --nbval book`` collects the chapters themselves; see medarch.site.recorded."""
+"""``pytest --nbval book`` collects the chapters themselves; see medarch.site.recorded.
+
+In the tests every call into the modules named here has the shapes and types of its annotations checked.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+import jaxtyping
+
+# Before any test module imports the package: what is imported already stays unchecked.
+MODULES = (
+    *("config", "dense", "experts", "layer", "mixtral", "reference", "router"),
+    *("balance", "capacity", "expert_choice", "fixed", "loss_free", "noisy", "probes", "shared", "soft", "switch"),
+)
+jaxtyping.install_import_hook([f"medarch.moe.{name}" for name in MODULES], "beartype.beartype")
 
 
 def pytest_configure(config: Any) -> None:

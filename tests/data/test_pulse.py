@@ -12,7 +12,7 @@ from medarch.data.pulse import CARD, FILES, load_recordings, windows
 
 def test_both_recordings_are_read_whole() -> None:
     recordings = load_recordings()
-    assert [len(each.signal) for each in recordings] == [15000, 68475]
+    assert [len(each.signal) for each in recordings] == [15000, 68476]
     assert [each.rate for each in recordings] == [116.99, 100.42]
     assert recordings[0].signal[:2].tolist() == [515.0, 514.0]
     assert CARD.sha256 == FILES["data2.csv"][0]

@@ -1,4 +1,4 @@
-"""Here every call into the layer has the shapes and types of its annotations checked at run time."""
+"""What the tests of the mixtures share; the shapes in their annotations are checked, see conftest.py at the root."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
-
-# Before any test module imports the package: what is imported already stays unchecked.
-MODULES = (
-    *("config", "dense", "experts", "layer", "mixtral", "reference", "router"),
-    *("balance", "capacity", "expert_choice", "fixed", "loss_free", "noisy", "probes", "shared", "soft", "switch"),
-)
-jaxtyping.install_import_hook([f"medarch.moe.{name}" for name in MODULES], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

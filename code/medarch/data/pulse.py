@@ -30,7 +30,7 @@ CARD = DataCard(
         "MIT by the licence file of the package, while its description names the GNU General Public License, "
         "version 3. The files are read from the installed package and not redistributed"
     ),
-    size="Two recordings: 15,000 samples at about 117 Hz (two minutes) and 68,475 at about 100 Hz (eleven minutes)",
+    size="Two recordings: 15,000 samples at about 117 Hz (two minutes) and 68,476 at about 100 Hz (eleven minutes)",
     citation=(
         "van Gent P, Farah H, van Nes N, van Arem B. HeartPy: A novel heart rate algorithm for the analysis of noisy "
         "signals. Transportation Research Part F 66, 368-378, 2019, doi:10.1016/j.trf.2019.09.015"
