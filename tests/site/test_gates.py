@@ -193,6 +193,7 @@ def test_a_changed_value_changes_the_pages_of_a_warm_build(fixture_book: Path, t
         "sum(faces) / len(faces) + tables.OFFSET)\n```\n\nThe mean",
     )
     edit(fixture_book / "book/demo/first.md", "import prove\n", "import prove\nfrom medarch.book import tables\n")
+    edit(fixture_book / "book/demo/first.md", "tags: [hide-input]\nmystnb", "tags: [hide-input, slide]\nmystnb")
     # The second chapter shows nothing of the ledger: its page has only the cell's own output to change.
     second = fixture_book / "book/demo/second.md"
     edit(second, "```{claims-table}\n```\n", "")
@@ -219,9 +220,14 @@ def test_a_changed_value_changes_the_pages_of_a_warm_build(fixture_book: Path, t
     assert (fixture_book / "_build/html/book/demo/first-slides.html").is_file()
     edit(tables, "OFFSET = 0.0", "OFFSET = 0.7")
     built("4.2")
+    edit(fixture_book / "book/index.md", "A die shows", "Any die shows")  # the chapters' pages are not written again
     third = medarch(fixture_book, "build", code=code)
     assert third.returncode == 0
     assert "Executing" not in third.stdout
+    deck = fixture_book / "_build/html/book/demo/first-slides.html"
+    pictures = re.findall(r'<img[^>]*src="([^"]+)"', deck.read_text("utf8"))
+    assert pictures
+    assert not [picture for picture in pictures if not (deck.parent / picture).is_file()]
 
 
 def test_a_broken_link_fails_every_build_and_spares_the_site(fixture_book: Path) -> None:

@@ -181,6 +181,7 @@ def decks(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
             continue
         doctree = app.env.get_doctree(docname)
         app.env.apply_post_transforms(doctree, docname)
+        app.builder.post_process_images(doctree)  # of a page that is not written again, the builder has not seen any
         app.builder.current_docname = docname
         app.builder.imgpath = "../" * docname.count("/") + "_images"
         slides: list[tuple[str, list[str]]] = []
