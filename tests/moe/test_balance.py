@@ -116,6 +116,15 @@ def test_padding_changes_neither_value_nor_gradient():
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_the_loss_has_its_greatest_value_at_one_set_of_experts_and_no_least_one_at_balance():
+    # All slots at the same two of five experts: f = 1 and P = 1/2 for each, so the loss is E.
+    probs = torch.tensor([[0.5, 0.5, 0, 0, 0]]).repeat(3, 1)
+    assert float(load_balancing_loss(probs, torch.tensor([[0, 1]]).repeat(3, 1))) == pytest.approx(5)
+    # Three tokens barely prefer the first expert, one is sure of the second: uneven, and yet below k = 1.
+    probs = torch.tensor([[0.51, 0.49]] * 3 + [[0.01, 0.99]])
+    assert float(load_balancing_loss(probs, probs.argmax(-1, keepdim=True))) == pytest.approx(0.885)
+
+
 def test_z_loss_by_hand_and_at_its_least():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
     expected = (math.log(2) ** 2 + math.log(4) ** 2) / 2

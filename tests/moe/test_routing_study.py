@@ -64,6 +64,11 @@ def test_the_record_says_what_the_page_says_of_it() -> None:
     # One, two, four and eight experts a token lie within two standard errors of the test set.
     assert max(by_k.values()) - min(by_k.values()) < 2 * results["standard_error_at_90_percent"]
     assert results["experts_per_token"]["best_minus_two"] == max(by_k.values()) - accuracy["top2"] >= 0
+    ranks = sorted(accuracy, key=accuracy.__getitem__)
+    assert set(ranks[:3]) == {"random", "soft", "switch"}
+    assert ranks[-1] == "top2_no_loss"
+    gap = accuracy["top2_no_loss"] - accuracy["top2"]
+    assert 0.8 < gap / results["standard_error_at_90_percent"] < 1.2
     assert variants["expert_choice"]["max_over_mean_load"]["max"] == 1
     assert 0 < variants["expert_choice"]["unserved"]["mean"] < 0.05
     assert variants["switch"]["unserved"]["mean"] > 0.01
