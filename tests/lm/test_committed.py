@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from medarch.lm import release, verify
 from medarch.lm.loading import checkpoints_folder, load
@@ -46,6 +50,33 @@ def test_the_files_are_as_small_as_promised() -> None:
     assert max(path.stat().st_size for path in files) <= release.MAX_FILE_BYTES
     assert sum(path.stat().st_size for path in files) <= 25_000_000
     assert not [path.name for path in files if path.suffix not in {".json", ".safetensors", ".md"}]
+
+
+READ_BY_TRANSFORMERS_ALONE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text, file = sys.argv[1:]
+ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+assert not [name for name in sys.modules if name.startswith("medarch")]
+torch.save((ids, logits), file)
+"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_alone_has_the_same_logits(name: str, tmp_path: Path) -> None:
+    text = "Seizure: An intermittent abnormality of nervous system physiology. \u2764 ß"
+    model, tokenizer = load(name)
+    command = [sys.executable, "-c", READ_BY_TRANSFORMERS_ALONE, str(checkpoints_folder() / name), text]
+    read = subprocess.run([*command, str(tmp_path / "read.pt")], capture_output=True, text=True, check=False)
+    assert read.returncode == 0, read.stderr
+    ids, logits = torch.load(tmp_path / "read.pt")
+    assert ids.tolist() == [tokenizer.encode(text)]
+    with torch.no_grad():
+        ours = model(ids).logits
+    assert float((ours - logits).abs().max()) < 1e-5 * float(ours.abs().max())
 
 
 @pytest.mark.parametrize("name", NAMES)

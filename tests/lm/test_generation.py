@@ -212,7 +212,7 @@ def test_as_much_is_written_as_the_context_holds(generator: torch.Generator) -> 
     ("shape", "new", "message"),
     [
         ((1, 42), 1, "42 tokens .* max_position_embeddings=41"),
-        ((1, 41), 1, "at most 0 new tokens"),
+        ((1, 41), 1, "41 tokens and max_new_tokens=1 .* max_position_embeddings=41: shorten the prompt"),
         ((2, 30), 12, "30 tokens and max_new_tokens=12 .* max_position_embeddings=41: ask for at most 11"),
         ((1, 0), 3, r"the prompt is empty, shape \(1, 0\)"),
         ((0, 3), 3, r"the prompt is empty, shape \(0, 3\)"),
@@ -240,6 +240,7 @@ def test_words_of_another_vocabulary_are_refused(generator: torch.Generator) -> 
         ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": 1e-320}, "temperature=1e-320 are not finite: take temperature=0"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
@@ -247,7 +248,7 @@ def test_words_of_another_vocabulary_are_refused(generator: torch.Generator) -> 
 )
 def test_settings_out_of_range_are_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        next_token(torch.zeros(1, 5), **arguments)  # type: ignore[arg-type]
+        next_token(torch.arange(5.0)[None], **arguments)  # type: ignore[arg-type]
 
 
 def test_scores_that_are_no_numbers_are_refused_and_the_mode_restored(generator: torch.Generator) -> None:

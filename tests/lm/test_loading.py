@@ -141,6 +141,37 @@ def test_misshapen_tensor(folder: Path) -> None:
         load("small")
 
 
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        (
+            "model.embed_tokens.weight",
+            r"embed_tokens\.weight has shape \(1, 7\), but config.json calls for \(263, 20\)",
+        ),
+        (
+            "model.layers.1.block_sparse_moe.experts.2.w1.weight",
+            r"the tensor model\.layers\.1\.mlp\.experts\.gate_up_proj",
+        ),
+    ],
+)
+def test_misshapen_tensor_of_the_other_library_is_one_line(
+    folder: Path, name: str, named: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit_weights(folder, **{name.replace(".", "__"): torch.zeros(1, 7)})
+    with pytest.raises(ValueError, match=named) as found:
+        load("small", library="transformers")
+    assert "\n" not in str(found.value)
+    assert "LOAD REPORT" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_missing_part_of_a_stack_of_experts(folder: Path) -> None:
+    edit_weights(folder, model__layers__0__block_sparse_moe__experts__1__w3__weight=None)
+    with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.0\..*experts\.1\.w3\.weight"):
+        load("small")
+    with pytest.raises(ValueError, match=r"cannot make the tensor model\.layers\.0\..*gate_up_proj.*missing"):
+        load("small", library="transformers")
+
+
 def test_unexpected_tensor(folder: Path) -> None:
     edit_weights(folder, model__layers__0__self_attn__q_proj__bias=torch.zeros(20))
     with pytest.raises(ValueError, match=r"model\.safetensors holds the tensor .*q_proj\.bias"):
@@ -170,6 +201,48 @@ def test_missing_shard(folder: Path, words: Tokenizer) -> None:
     first.unlink()
     with pytest.raises(ValueError, match=f"{first.name} is missing, which model.safetensors.index.json names"):
         load("small")
+
+
+@pytest.mark.parametrize("library", ["medarch", "transformers"])
+@pytest.mark.parametrize("listed", [None, [1], {}, {"a": 3}, {"a": None}, {"a": "../model.safetensors"}])
+def test_an_index_that_names_no_files_beside_it(folder: Path, library: Any, listed: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json has no weight_map"):
+        load("small", library=library)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ours", "theirs"),
+    [
+        ({"rms_norm_eps": None}, "rms_norm_eps=None must be a number", "'rms_norm_eps'"),
+        ({"router_aux_loss_coef": "few"}, "router_aux_loss_coef='few' must be a number", "'router_aux_loss_coef'"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\] must be an object", "'rope_parameters'"),
+        ({"rope_parameters": {"rope_theta": "far"}}, "rope_theta='far' must be a number", r"check config\.json"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false", "'tie_word_embeddings'"),
+        ({"model_type": ["mixtral"]}, r"model_type=\['mixtral'\] is not one of", r"no model of type \['mixtral'\]"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(folder: Path, fields: dict[str, Any], ours: str, theirs: str) -> None:
+    edit_config(folder, **fields)
+    with pytest.raises(ValueError, match=rf"config\.json: {ours}"):
+        load("small")
+    with pytest.raises(ValueError, match=theirs):
+        load("small", library="transformers")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_in_the_other_library(folder: Path, name: str) -> None:
+    (folder / name).write_text("[]")
+    with pytest.raises(ValueError, match=r"small: transformers cannot open its tokenizer"):
+        load("small", library="transformers")
+
+
+@pytest.mark.parametrize("library", ["medarch", "transformers"])
+def test_a_device_and_a_type_that_there_are_not(folder: Path, library: Any) -> None:
+    with pytest.raises(ValueError, match=r"device='abacus' cannot be used here.*device='cpu'"):
+        load("small", "abacus", library=library)
+    with pytest.raises(ValueError, match=r"dtype=torch\.int32 must be a floating-point type"):
+        load("small", dtype=torch.int32, library=library)
 
 
 @pytest.mark.parametrize("library", ["medarch", "transformers"])
@@ -212,6 +285,13 @@ def test_config_missing_or_damaged(folder: Path, content: str | None) -> None:
     if content is not None:
         (folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json"):
+        load(folder)
+
+
+def test_a_folder_in_the_place_of_the_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         load(folder)
 
 

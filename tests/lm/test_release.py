@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,29 @@ def test_a_file_that_is_too_large_is_refused(tiny_text: Text, tmp_path: Path, mo
     monkeypatch.setattr(release, "MAX_FILE_BYTES", 10_000)
     with pytest.raises(ValueError, match="exceeds 10,000 bytes"):
         release.run_recipe(TINY, tmp_path)
+
+
+def test_a_full_disk_at_the_export_keeps_the_run(tiny_text: Text, tmp_path: Path) -> None:
+    release.run_recipe(TINY, tmp_path)
+    before = (tmp_path / "state.safetensors").read_bytes()
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint could not be written \(File too large\); .* is kept: make room"):
+            release.run_recipe(TINY, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+    made = release.run_recipe(TINY, tmp_path)
+    assert made is not None
+    assert load(made)[0].config.moe == TINY.model.moe
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_before_training(tiny_text: Text, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(OSError, match=r"taken is no folder for a run \(File exists\): name another"):
+        release.run_recipe(TINY, tmp_path / "taken", report=lambda line: pytest.fail(f"trained: {line}"))
 
 
 def test_the_command_trains_goes_on_and_publishes(

@@ -163,7 +163,7 @@ def from_transformers_config(fields: dict[str, Any], source: str = CONFIG) -> De
             names the field and its value.
     """
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{source}: model_type={model_type!r} is not one of {', '.join(FAMILIES)}, which the decoder can be: "
             "load it with library='transformers'"
@@ -179,6 +179,7 @@ def from_transformers_config(fields: dict[str, Any], source: str = CONFIG) -> De
             )
     known = family.defaults | {name: value for name, value in fields.items() if name in family.defaults}
     known["rope_theta"] = _rope_theta(fields, known["rope_theta"], source)
+    _check_kinds(known, family.defaults, source)
     heads = known["num_attention_heads"]
     head_dim = fields.get("head_dim")
     if head_dim is not None and head_dim * heads != known["hidden_size"]:
@@ -196,13 +197,30 @@ def _rope_theta(fields: dict[str, Any], default: float, source: str) -> float:
     parameters = fields.get("rope_parameters") or {}
     scaling = fields.get("rope_scaling") or {}
     for name, rotary in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(rotary, dict):
+            raise ValueError(f"{source}: {name}={rotary!r} must be an object of fields: copy the file anew")
         kind = rotary.get("rope_type", rotary.get("type", "default"))
         if kind != "default" or rotary.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
                 f"{source}: {name}={rotary} scales or shortens the rotary positions, which the decoder does not: "
                 "load it with library='transformers'"
             )
-    return float(parameters.get("rope_theta", fields.get("rope_theta", default)))
+    theta = parameters.get("rope_theta", fields.get("rope_theta", default))
+    return float(theta) if isinstance(theta, int) and not isinstance(theta, bool) else theta
+
+
+def _check_kinds(known: dict[str, Any], defaults: dict[str, Any], source: str) -> None:
+    """Refuses text or null where a field holds a number, and anything but true or false where it holds that.
+
+    Whole numbers are left to ``DecoderConfig``, which checks them itself.
+    """
+    for name, default in defaults.items():
+        value = known[name]
+        is_truth = isinstance(value, bool)
+        if isinstance(default, bool) and not is_truth:
+            raise ValueError(f"{source}: {name}={value!r} must be true or false: copy the file anew")
+        if isinstance(default, float) and (is_truth or not isinstance(value, int | float)):
+            raise ValueError(f"{source}: {name}={value!r} must be a number: copy the file anew")
 
 
 def _decoder_config(model_type: str, known: dict[str, Any], fields: dict[str, Any]) -> DecoderConfig:

@@ -86,6 +86,11 @@ def next_token(
     if logits.isnan().any():
         raise ValueError("the model's scores contain NaN: look for NaN among its weights")
     logits = logits.float() if temperature == 0 else logits.float() / temperature
+    if not logits.max() < torch.inf:
+        raise ValueError(
+            f"the model's scores over temperature={temperature} are not finite: take temperature=0, which means the "
+            "likeliest token, or look for infinity among the model's weights"
+        )
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
@@ -204,14 +209,15 @@ def _check_prompt(model: Decoder, input_ids: Tensor, max_new_tokens: int) -> Non
         raise ValueError(
             f"the prompt is empty, shape {tuple(input_ids.shape)}: give at least one token, such as the end of text"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number of at least 1")
     if time > context:
         raise ValueError(
             f"the prompt has {time} tokens but the model's context is max_position_embeddings={context}: shorten it"
         )
     if time + max_new_tokens > context:
+        fewer = f"ask for at most {context - time} new tokens or " if time < context else ""
         raise ValueError(
             f"a prompt of {time} tokens and max_new_tokens={max_new_tokens} exceed the model's context, "
-            f"max_position_embeddings={context}: ask for at most {context - time} new tokens or shorten the prompt"
+            f"max_position_embeddings={context}: {fewer}shorten the prompt"
         )

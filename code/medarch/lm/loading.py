@@ -6,8 +6,10 @@ come from safetensors alone, and no code of a checkpoint is ever run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import Filter, LogRecord
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -56,12 +58,12 @@ def find_checkpoint(name: str | Path) -> Path:
     Raises:
         ValueError: If there is no such checkpoint, or the hub cannot be reached; one line that says what to use.
     """
-    text = str(name)
+    text = str(name).strip()
     names = committed_checkpoints()
     if text in names:
         return checkpoints_folder() / text
-    folder = Path(name)
-    if folder.is_dir():
+    folder = Path(text)
+    if text and folder.is_dir():
         return folder
     if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/"):
         return _from_hub(text)
@@ -88,13 +90,14 @@ def _from_hub(repository: str) -> Path:
         pass
     instead = f"use one of the book's own checkpoints instead: {_listed(committed_checkpoints())}"
     if constants.is_offline_mode():
-        raise ValueError(f"no hub (offline mode), and {repository} is not in the local cache; {instead}")
+        raise ValueError(f"no hub (offline mode), and {repository} is no folder and not in the local cache; {instead}")
     try:
         # The library's own calls repeat for half a minute and print a line each time.
         get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
     except Exception as error:
         raise ValueError(
-            f"no hub at {constants.ENDPOINT} ({_line(error)}), and {repository} is not in the local cache; {instead}"
+            f"no hub at {constants.ENDPOINT} ({_line(error)}), and {repository} is no folder and not in the local "
+            f"cache; {instead}"
         ) from error
     try:
         # Before gigabytes are fetched, a few lines say whether they can be used.
@@ -122,7 +125,7 @@ def _refuse_code(fields: dict[str, Any], source: str) -> None:
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ValueError(
             f"{source}: auto_map={fields['auto_map']} asks for code from the checkpoint, which is never run, and "
@@ -170,13 +173,15 @@ def load(
         Model and tokenizer, both of the library that was asked for.
 
     Raises:
-        ValueError: If there is no such checkpoint, no hub, or a file, a field or a tensor that cannot be used;
-            the message names it and what to do.
+        ValueError: If there is no such checkpoint, no hub, no such device, or a file, a field or a tensor that
+            cannot be used; the message names it and what to do.
     """
     if library not in ("medarch", "transformers"):
         raise ValueError(f"library must be 'medarch' or 'transformers', got {library!r}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} must be a floating-point type of torch, such as torch.bfloat16")
+    device = _usable(device or "cpu")
     folder = find_checkpoint(name)
-    device = torch.device(device or "cpu")
     fields = read_json(folder / CONFIG)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else _stored_dtype(fields)
@@ -188,6 +193,14 @@ def load(
     return model.to(device), tokenizer
 
 
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises where it was built without the device
+        raise ValueError(f"device={str(device)!r} cannot be used here ({_line(error)}): use device='cpu'") from error
+    return torch.device(device)
+
+
 def _stored_dtype(fields: dict[str, Any]) -> torch.dtype:
     name = fields.get("dtype", fields.get("torch_dtype")) or "float32"
     dtype = getattr(torch, str(name), None)
@@ -196,16 +209,51 @@ def _stored_dtype(fields: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
+class _Tables(Filter):
+    """Takes the tables of tensors that do not fit out of a log, and keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[str] = []
+
+    def filter(self, record: LogRecord) -> bool:
+        message = record.getMessage()
+        if "LOAD REPORT" not in message:
+            return True
+        self.taken.append(message)
+        return False
+
+    def first(self) -> str | None:
+        """The tensor in the first row of a table; None where there is no table."""
+        for line in "\n".join(self.taken).splitlines():
+            # Terminals get colours, which begin with an escape and end with an m.
+            cells = [re.sub(r"\x1b\[[0-9;]*m", "", cell).strip() for cell in line.split("|")]
+            if len(cells) >= 3 and cells[1].isupper():
+                return cells[0]
+        return None
+
+
+def _key(key: str | tuple[str, Any, Any]) -> str:
+    """A line of transformers' report: a name, or a name with the shape stored and that of the model."""
+    if isinstance(key, str):
+        return key
+    name, stored, wanted = key
+    return f"{name} has shape {tuple(stored)}, but {CONFIG} calls for {tuple(wanted)}"
+
+
 @contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Keeps transformers from writing its progress into a page."""
+def _quiet() -> Iterator[_Tables]:
+    """Keeps transformers from writing its progress into a page, and its tables where one line says the same."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    tables = _Tables()
+    shown, logger = logging.is_progress_bar_enabled(), logging.get_logger("transformers.modeling_utils")
     logging.disable_progress_bar()
+    logger.addFilter(tables)
     try:
-        yield
+        yield tables
     finally:
+        logger.removeFilter(tables)
         if shown:
             logging.enable_progress_bar()
 
@@ -218,22 +266,43 @@ def _load_transformers(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if fields.get("model_type") not in CONFIG_MAPPING_NAMES:
+    if str(fields.get("model_type")) not in CONFIG_MAPPING_NAMES:
         raise ValueError(
             f"{folder / CONFIG}: transformers has no model of type {fields.get('model_type')!r}: it is of an unknown "
             "family, or of a later version of transformers"
         )
     only_local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _without_progress_bar():
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_local
-        )
+    _stored_dtype(fields)
+    with _quiet() as tables:
+        try:
+            # A mismatched size is not ignored below, where the report tells which.
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **only_local,
+            )
+        except Exception as error:  # transformers and its models raise errors of every kind
+            if (tensor := tables.first()) is None:
+                raise ValueError(f"{folder}: transformers cannot open it ({_line(error)}): check {CONFIG}") from error
+            raise ValueError(
+                f"{folder}: transformers cannot make the tensor {tensor} of what is stored: a part of it is missing or "
+                "misshapen, or config and weights are of different models"
+            ) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **only_local)
+        except Exception as error:
+            raise ValueError(
+                f"{folder}: transformers cannot open its tokenizer ({_line(error)}): copy its tokenizer files anew"
+            ) from error
     model, report = opened
     # transformers itself fills what is missing with random numbers and warns.
     for complaint, names in report.items():
         if names:
             raise ValueError(
-                f"{folder}: {complaint.replace('_', ' ')}: {sorted(map(str, names))[0]}, {len(names)} in all: config "
-                "and weights are of different models"
+                f"{folder}: {complaint.replace('_', ' ')}: {min(map(_key, names))}, {len(names)} in all: config and "
+                "weights are of different models"
             )
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, **only_local)
+    return model.to(device).eval(), tokenizer

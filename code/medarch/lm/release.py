@@ -59,6 +59,10 @@ def run_recipe(
         ValueError, FloatingPointError, OSError: As ``train`` does.
     """
     machine = provenance.device(device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{folder} is no folder for a run ({error.strerror}): name another one") from error
     digest, date = source_digest(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with workers(device) as group:
         text = load_text()
@@ -89,7 +93,18 @@ def run_recipe(
                 "documents": {part: len(getattr(text.corpus, part)) for part in ("train", *MEASURED)},
             },
         }
-    return export(model.cpu(), recipe, log, facts, folder / "checkpoint")
+    try:
+        return export(model.cpu(), recipe, log, facts, folder / "checkpoint")
+    except Exception as error:
+        # Where its file cannot be written, the tokenizers library raises an exception without a kind.
+        if not isinstance(error, OSError) and type(error) is not Exception:
+            raise
+        cause = getattr(error, "strerror", None) or error
+        raise OSError(
+            getattr(error, "errno", None),
+            f"{folder / 'checkpoint'} could not be written ({cause}); the finished run in {folder} is kept: make room "
+            "and give the same command again",
+        ) from error
 
 
 def export(model: Decoder, recipe: Recipe, log: TrainingLog, facts: dict[str, Any], folder: Path) -> Path:

@@ -26,12 +26,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        ValueError: If the file is missing, is no JSON, or holds no object.
+        ValueError: If the file is missing, cannot be read, is no JSON, or holds no object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as missing:
         raise ValueError(f"{path} is missing: a checkpoint needs it; copy the whole folder anew") from missing
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): a checkpoint needs it as a file") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): copy it anew") from error
     if not isinstance(content, dict):
@@ -43,15 +45,19 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, all of which exist.
 
     Raises:
-        ValueError: If there are none, only pickled ones, or a shard that the index names is missing.
+        ValueError: If there are none, only pickled ones, a shard that the index names is missing, or the index
+            names none.
     """
     if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        files = [folder / name for name in names]
+        listed = read_json(folder / INDEX).get("weight_map")
+        names = list(listed.values()) if isinstance(listed, dict) else []
+        # A shard lies beside its index; a path could lead anywhere.
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files beside it: copy it anew")
+        files = [folder / name for name in sorted(set(names))]
         if missing := [path for path in files if not path.is_file()]:
             raise ValueError(f"{missing[0]} is missing, which {INDEX} names: copy the whole folder anew")
-        if files:
-            return files
+        return files
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
@@ -60,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} holds its weights as {pickled[0]}, a pickle, which can run code when it is opened: "
             "use a checkpoint with safetensors files, or convert it on a machine where you trust it"
         )
-    raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}: it has no weights to load")
+    raise ValueError(f"{folder} holds no {WEIGHTS} and no {INDEX}: it has no weights to load; copy it anew")
 
 
 def _file_of_each_tensor(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
