@@ -14,7 +14,7 @@ import torch
 
 from medarch.bench import provenance
 from medarch.data import hpo
-from medarch.lm.bridge import from_pretrained, save_pretrained
+from medarch.lm.bridge import MAX_FILE_BYTES, from_pretrained, save_pretrained
 from medarch.lm.checkpoint import data_hash, write_atomically
 from medarch.lm.decoder import Decoder
 from medarch.lm.distributed import workers
@@ -23,7 +23,6 @@ from medarch.lm.loading import checkpoints_folder
 from medarch.lm.recipes import Recipe, count_parameters, load_text, validation
 from medarch.lm.training import TrainingLog, train
 
-MAX_FILE_BYTES = 8_000_000
 MEASURED = ("validation", "test", "out_of_domain")
 BEHIND = ("medarch.lm.recipes", "medarch.lm.training", "medarch.lm.evaluation")
 # What keeps a run and joins processes, but changes no number of a run in one process.
