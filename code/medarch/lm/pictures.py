@@ -81,12 +81,12 @@ def draw_decoder(axes: Axes, config: DecoderConfig) -> None:
     """
     wide, arrow = config.hidden_size, {"arrowstyle": "-|>", "color": INK, "lw": 1.4, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (10.3, 0), (1.6, 0), arrowprops=arrow | {"lw": 3.5, "color": QUIET})
-    axes.text(5.5, -0.5, f"the residual stream, {wide} numbers a token", ha="center", color=QUIET)
+    axes.text(5.5, -0.4, f"the residual stream,\n{wide} numbers a token", ha="center", va="top", color=QUIET)
     axes.add_patch(
         FancyBboxPatch(
-            (2.55, -0.8),
+            (2.55, -1.6),
             5.9,
-            4.0,
+            4.8,
             boxstyle="round,pad=0,rounding_size=0.15",
             facecolor="none",
             edgecolor=QUIET,
