@@ -57,3 +57,5 @@ def test_a_table_is_markdown_on_the_page_and_aligned_text_elsewhere() -> None:
     assert repr(table) == "what     n\none      1\neleven  11"
     with pytest.raises(ValueError, match="has 1 fields, the header 2"):
         Table(["what", "n"], [["one"]])
+    with pytest.raises(ValueError, match="column 1 has no name"):
+        Table(["", "n"], [["one", 1]])

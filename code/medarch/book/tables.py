@@ -9,11 +9,14 @@ class Table:
     """Rows under a header, all as text; every column but the first is aligned to the right.
 
     Raises:
-        ValueError: for a row with more or fewer fields than the header.
+        ValueError: for a row with more or fewer fields than the header, or a column without a name, which would
+            leave a reader who hears the table without one.
     """
 
     def __init__(self, header: Sequence[str], rows: Iterable[Sequence[object]]):
         self.rows = [[str(field) for field in row] for row in (header, *rows)]
+        if "" in self.rows[0]:
+            raise ValueError(f"column {self.rows[0].index('') + 1} has no name: say in the header what it holds")
         for row in self.rows:
             if len(row) != len(header):
                 raise ValueError(f"row {row} has {len(row)} fields, the header {len(header)}")
