@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from medarch.bench import provenance
-from medarch.data import hpo
+from medarch.data import hpo, icd
+from medarch.data.cards import DataCard
 from medarch.lm.bridge import MAX_FILE_BYTES, from_pretrained, save_pretrained
 from medarch.lm.checkpoint import data_hash, write_atomically
 from medarch.lm.decoder import Decoder
@@ -260,9 +261,16 @@ The book's own code opens it with `medarch.lm.loading.load("{recipe.name}")`.
 
 ## Data
 
-{hpo.CARD.citation}. {hpo.CARD.licence}. It may not be used for: {hpo.CARD.may_not_be_used_for[0].lower()}\
-{hpo.CARD.may_not_be_used_for[1:]}.
+Trained on and tested with: {_cited(hpo.CARD)}
+
+Tested on, and never trained on: {_cited(icd.CARD)}
 """
+
+
+def _cited(card: DataCard) -> str:
+    """A data card in one paragraph."""
+    barred = card.may_not_be_used_for
+    return f"{card.citation}. {card.licence}. It may not be used for: {barred[0].lower()}{barred[1:]}."
 
 
 def _machine(device: dict[str, Any]) -> str:
