@@ -174,8 +174,10 @@ def test_the_command_says_in_one_line_what_is_wrong(tiny_text: Text, tmp_path: P
     assert (tmp_path / "run" / FILE).read_bytes() == before
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_refused(tiny_text: Text, tmp_path: Path) -> None:
+def test_a_device_that_is_not_there_is_refused(
+    tiny_text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(app, ["train", "tiny", "--folder", str(tmp_path), "--device", "cuda"])
     assert result.exit_code == 1
     assert "torch finds no CUDA device" in result.output
