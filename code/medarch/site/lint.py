@@ -38,6 +38,7 @@ CALLS = [
         "silences every warning",
         "mend its cause, or name the message",
     ),
+    (r"medarch\.book\.interactive\.Figure", ("alt",), "draws without alternative text", "say in alt= what is seen"),
     (r".*\.from_pretrained\('[^./][^']*'.*\)|torch\.hub\..*|.*\.load_dataset", (), *OFFLINE),
     (r"sklearn\.datasets\.fetch_\w+", (), *OFFLINE),
 ]

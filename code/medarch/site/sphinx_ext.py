@@ -234,6 +234,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     # pybtex looks through every installed package for each citation; once is enough.
     pybtex.plugin._load_entry_point = functools.cache(pybtex.plugin._load_entry_point)
+    app.setup_extension("medarch.site.charts")
     app.add_config_value("medarch_preview", False, "")
     app.add_role("claim", ClaimRole())
     app.add_role("proved", ProvedRole())
