@@ -79,7 +79,8 @@ def write_script(app: Any, env: Any) -> None:
     if not bundle.exists():
         import vl_convert
 
-        write_if_changed(bundle, vl_convert.javascript_bundle(source))
+        # A function of its own, for the names of a bundle are short and other scripts have the same ones.
+        write_if_changed(bundle, f'(() => {{"use strict";{vl_convert.javascript_bundle(source)}}})();\n')
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(bundle, target / SCRIPT)
     shutil.copyfile(FILES / STYLE, target / STYLE)

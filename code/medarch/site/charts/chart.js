@@ -1,4 +1,5 @@
 // Puts each live chart in the place of its picture, when the reader comes near it. Bundled with Vega by medarch.site.charts.
+import { View, parse } from "/npm/vega@6.2.0/+esm";
 import { expressionInterpreter } from "/npm/vega-interpreter@2.0.0/+esm";
 
 const NARROW = 500; // px: a row of charts becomes a column
@@ -12,7 +13,7 @@ async function start(data) {
   still.before(chart);
   const spec = JSON.parse(data.textContent);
   if (spec.layout && plot.clientWidth < NARROW) spec.layout.columns = 1;
-  const view = new vega.View(vega.parse(spec, null, { ast: true }), {
+  const view = new View(parse(spec, null, { ast: true }), {
     expr: expressionInterpreter, renderer: "svg", hover: true, container: plot, bind: inputs,
   });
   try {
