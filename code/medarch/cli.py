@@ -171,7 +171,7 @@ def bench(name: str, device: str = "cpu", quick: bool = False) -> None:
 
 @command
 def train(
-    recipe: Annotated[str, typer.Argument(help="One of the book's models: dense or moe.")],
+    recipe: Annotated[str, typer.Argument(help="One of the book's models: dense, moe, mamba or hybrid.")],
     steps: int | None = None,
     seed: int | None = None,
     folder: Path | None = None,
@@ -179,7 +179,7 @@ def train(
     release: bool = False,
 ) -> None:
     """Train one of the book's language models, or go on with it where it was interrupted; also under torchrun."""
-    from medarch.lm.recipes import find_recipe
+    from medarch.lm.catalogue import find_recipe
     from medarch.lm.release import publish, run_recipe
 
     changes = {name: value for name, value in {"steps": steps, "seed": seed}.items() if value is not None}

@@ -16,12 +16,14 @@ from medarch.bench import provenance
 from medarch.data import hpo, icd
 from medarch.data.cards import DataCard
 from medarch.lm.bridge import MAX_FILE_BYTES, from_pretrained, save_pretrained
+from medarch.lm.catalogue import count_parameters
 from medarch.lm.checkpoint import data_hash, write_atomically
 from medarch.lm.decoder import Decoder
 from medarch.lm.distributed import workers
 from medarch.lm.evaluation import evaluate
+from medarch.lm.hybrid_recipes import HybridRecipe
 from medarch.lm.loading import checkpoints_folder
-from medarch.lm.recipes import Recipe, count_parameters, load_text, validation
+from medarch.lm.recipes import Recipe, load_text, validation
 from medarch.lm.training import TrainingLog, train
 
 MEASURED = ("validation", "test", "out_of_domain")
@@ -31,9 +33,10 @@ BOOKKEEPING = ("medarch.lm.checkpoint", "medarch.lm.distributed")
 LOG, PROVENANCE, CARD = "training-log.json", "provenance.json", "README.md"
 
 
-def source_digest() -> str:
+def source_digest(recipe: Recipe) -> str:
     """Digest of the code that a checkpoint of the book stands on."""
-    return provenance.source_digest(BEHIND, without=BOOKKEEPING)
+    own = ("medarch.lm.hybrid_recipes",) if isinstance(recipe, HybridRecipe) else ()
+    return provenance.source_digest((*BEHIND, *own), without=BOOKKEEPING)
 
 
 def run_recipe(
@@ -63,7 +66,7 @@ def run_recipe(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(error.errno, f"{folder} is no folder for a run ({error.strerror}): name another one") from error
-    digest, date = source_digest(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    digest, date = source_digest(recipe), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with workers(device) as group:
         text = load_text()
         model = recipe.build(group.device(device))

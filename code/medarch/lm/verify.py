@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from medarch.bench import provenance
+from medarch.lm.catalogue import find_recipe, recipe_names
 from medarch.lm.checkpoint import data_hash, load_state, write_atomically
 from medarch.lm.evaluation import evaluate
 from medarch.lm.loading import checkpoints_folder, load
-from medarch.lm.recipes import RECIPES, find_recipe, load_text
+from medarch.lm.recipes import load_text
 from medarch.lm.release import LOG, PROVENANCE, source_digest
 from medarch.lm.training import train
 
@@ -110,7 +111,7 @@ def verify(name: str) -> Path:
         again = f"`medarch train {name} --release` makes it anew"
         raise ValueError(f"checkpoint {name!r} does not fit the present code: {'; '.join(told)}. {again}")
     facts = {
-        "source_digest": source_digest(),
+        "source_digest": source_digest(find_recipe(name)),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "steps_repeated": STEPS,
         "versions": provenance.versions(),
@@ -122,10 +123,10 @@ def verify(name: str) -> Path:
 
 def stale_checkpoints() -> dict[str, str]:
     """The committed checkpoints that were neither trained nor verified with the present code, each with what to do."""
-    digest = source_digest()
+    digests = {name: source_digest(find_recipe(name)) for name in recipe_names()}
     return {
         name: f"`medarch verify {name}`, and `medarch train {name} --release` if it does not fit any more"
-        for name in RECIPES
+        for name, digest in digests.items()
         if digest not in (_read(name, PROVENANCE)["source_digest"], _read(name, VERIFIED).get("source_digest"))
     }
 

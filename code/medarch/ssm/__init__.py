@@ -1,0 +1,1 @@
+"""State space models: from the first recurrence to Mamba."""
