@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from medarch.lm import release, verify
+from medarch.lm.catalogue import count_parameters, find_recipe, recipe_names
 from medarch.lm.loading import checkpoints_folder, load
-from medarch.lm.recipes import RECIPES, count_parameters, load_text
+from medarch.lm.recipes import load_text
 
-NAMES = sorted(RECIPES)
+NAMES = recipe_names()
 
 
 def read(name: str, file: str) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def read(name: str, file: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_is_made_of_what_was_measured(name: str) -> None:
-    facts, recipe = read(name, release.PROVENANCE), RECIPES[name]
+    facts, recipe = read(name, release.PROVENANCE), find_recipe(name)
     assert facts["training"] == json.loads(json.dumps(dataclasses.asdict(recipe.training)))
     assert facts["model"] == recipe.model.to_dict()
     assert (facts["parameters"]["total"], facts["parameters"]["active"]) == count_parameters(recipe.model)
@@ -98,8 +99,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_checkpoint_of_other_code_is_stale_until_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {release.PROVENANCE: {"source_digest": "old"}, verify.VERIFIED: {}}
-    monkeypatch.setattr(verify, "_read", lambda name, file: files[file])
+    verified: dict[str, str] = {}
+
+    def told(name: str, file: str) -> dict[str, str]:
+        if file == release.PROVENANCE:
+            return {"source_digest": "old"}
+        return {"source_digest": verified[name]} if name in verified else {}
+
+    monkeypatch.setattr(verify, "_read", told)
     assert set(verify.stale_checkpoints()) == set(NAMES)
-    files[verify.VERIFIED] = {"source_digest": verify.source_digest()}
-    assert verify.stale_checkpoints() == {}
+    verified["moe"] = verify.source_digest(find_recipe("moe"))
+    assert set(verify.stale_checkpoints()) == set(NAMES) - {"moe"}
+
+
+def test_a_checkpoint_of_attention_does_not_stand_on_state_spaces() -> None:
+    digests = {name: verify.source_digest(find_recipe(name)) for name in NAMES}
+    assert digests["dense"] == digests["moe"]
+    assert digests["mamba"] == digests["hybrid"] != digests["dense"]

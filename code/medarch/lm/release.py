@@ -183,6 +183,17 @@ def _short(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.7g}")
 
 
+def _mixers(model: dict[str, Any]) -> str:
+    """What the layers mix positions by, for the card."""
+    told = []
+    if "mamba" in model["mixers"]:
+        told.append(f"a state of {model['mamba']['state_size']} numbers in each channel of a Mamba layer,")
+    if "attention" in model["mixers"]:
+        heads, shared = model["num_attention_heads"], model["num_key_value_heads"]
+        told.append(f"{heads} attention heads that share {shared} key and value head{'s' * (shared > 1)},")
+    return " ".join(told)
+
+
 def model_card(recipe: Recipe, facts: dict[str, Any]) -> str:
     """The README of a checkpoint, every number of which is taken from what was measured.
 
@@ -218,7 +229,7 @@ pipeline_tag: text-generation
 # A small language model of clinical findings: {recipe.name}
 
 This is {recipe.summary}, with {model["num_hidden_layers"]} layers of width {model["hidden_size"]}, \
-{model["num_attention_heads"]} attention heads that share {model["num_key_value_heads"]} key and value heads, \
+{_mixers(model)} \
 and a vocabulary of {model["vocab_size"]:,} byte-pair tokens. It holds {facts["parameters"]["total"]:,} weights, \
 of which one token meets {facts["parameters"]["active"]:,}. It was made to be taken apart in a textbook. It writes \
 sentences in the style of a dictionary of clinical findings, and what they say is not to be relied on. \
