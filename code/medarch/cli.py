@@ -188,8 +188,9 @@ def train(
             raise ValueError("--release makes the committed checkpoint again: it takes neither --steps nor --seed")
         chosen = find_recipe(recipe).change(**changes)
         words = [recipe, *(f"--{name} {value}" for name, value in changes.items()), *["--release"] * release]
+        card = [f"--device {device}"] * (device != "cpu")
         run = folder or Project.find().build / "training" / "-".join(words).replace("--", "").replace(" ", "-")
-        made = run_recipe(chosen, run, device, f"medarch train {' '.join(words)}", _progress())
+        made = run_recipe(chosen, run, device, f"medarch train {' '.join([*words, *card])}", _progress())
         if made is not None:
             say(f"The checkpoint is in {publish(made, recipe) if release else made}.")
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:

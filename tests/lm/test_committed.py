@@ -30,9 +30,10 @@ def test_the_card_is_made_of_what_was_measured(name: str) -> None:
     assert facts["training"] == json.loads(json.dumps(dataclasses.asdict(recipe.training)))
     assert facts["model"] == recipe.model.to_dict()
     assert (facts["parameters"]["total"], facts["parameters"]["active"]) == count_parameters(recipe.model)
-    assert facts["command"] == f"medarch train {name} --release"
-    card = (checkpoints_folder() / name / release.CARD).read_text(encoding="utf-8")
-    assert card == release.model_card(recipe, facts)
+    card = " --device cuda" * (facts["device"]["class"] == "cuda")
+    assert facts["command"] == f"medarch train {name} --release{card}"
+    text = (checkpoints_folder() / name / release.CARD).read_text(encoding="utf-8")
+    assert text == release.model_card(recipe, facts)
 
 
 @pytest.mark.parametrize("name", NAMES)
