@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from medarch.ssm import scan
 from medarch.ssm.scan import CHUNK, selective_scan, selective_scan_chunked
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -185,3 +186,21 @@ def test_what_does_not_fit_is_refused_by_name(change: dict[str, object], told: s
     selective_scan(**fitting)
     with pytest.raises(ValueError, match=told):
         selective_scan(**{**fitting, **change})
+
+
+def test_the_form_is_chosen_by_device_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for name in ("selective_scan_loop", "selective_scan_chunked"):
+        form = getattr(scan, name)
+        monkeypatch.setattr(scan, name, lambda *tensors, name=name, form=form: taken.append(name) or form(*tensors))
+    for time in (1, 2):
+        inputs = {name: tensor.detach() for name, tensor in arguments(1, 2, 3, time).items()}
+        selective_scan(**inputs, delta_softplus=True)
+    assert taken == ["selective_scan_loop", "selective_scan_chunked"]
+
+
+def test_without_triton_its_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_has_triton", lambda: False)
+    inputs = {name: tensor.detach() for name, tensor in arguments(1, 2, 3, 4).items()}
+    with pytest.raises(ValueError, match="package triton, which is not installed"):
+        selective_scan(**inputs, method="triton")

@@ -10,11 +10,14 @@ channel; the step size delta is given for each channel and step, B and C for eac
 zero-order hold and B by Euler's rule, as in the paper's own code.
 
 Three forms compute it. ``selective_scan_loop`` is the specification, ``selective_scan_associative`` shows why a
-recurrence need not be computed in order, and the chunked form is the one to use.
+recurrence need not be computed in order, and the chunked form is the one to use. On a GPU a kernel takes its place,
+see ``medarch.ssm.triton_scan``.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Method = Literal["loop", "associative", "chunked"]
+Method = Literal["auto", "loop", "associative", "chunked", "triton"]
 CHUNK = 32
 """Steps whose states are held at a time; at usual sizes they stay in the processor's cache."""
 
@@ -40,7 +43,7 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     initial_state: Float[Tensor, "batch channels states"] | None = None,
-    method: Method = "chunked",
+    method: Method = "auto",
 ) -> Any:
     """Runs the recurrence over a sequence; the arguments are those of ``selective_scan_fn`` of mamba_ssm.
 
@@ -59,18 +62,28 @@ def selective_scan(
         delta_softplus: Whether log(1 + exp(.)) is taken of the step sizes then.
         return_last_state: Whether the state after the last step is returned too.
         initial_state: State before the first step; zeros where it is absent.
-        method: ``"loop"``, ``"associative"`` or ``"chunked"``.
+        method: ``"loop"``, ``"associative"``, ``"chunked"`` or ``"triton"``; ``"auto"`` takes the kernel on a GPU where
+            Triton is installed, the loop for a single step, and the chunked form otherwise.
 
     Returns:
         The output, of the shape and type of ``u``; with ``return_last_state`` the output and the state.
 
     Raises:
-        ValueError: If a shape, type or device clashes, the sequence is empty, or A is not negative; the message names
-            both sides.
+        ValueError: If a shape, type or device clashes, the sequence is empty, or A is not negative (which is looked
+            at on a CPU alone: on a GPU the look would wait for all work before it); the message names both sides.
     """
     check_scan(u, delta, A, B, C, D, z, delta_bias, initial_state)
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} is not one of {get_args(Method)}")
+    if method == "auto":
+        method = _best_method(u)
+    if method == "triton":
+        if not _has_triton():
+            raise ValueError("method='triton' needs the package triton, which is not installed: use method='chunked'")
+        from medarch.ssm.triton_scan import selective_scan_triton
+
+        y, last = selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+        return (y, last) if return_last_state else y
     wide = torch.promote_types(u.dtype, torch.float32)
     step = delta.to(wide) if delta_bias is None else delta.to(wide) + delta_bias.to(wide)[:, None]
     step = F.softplus(step) if delta_softplus else step
@@ -83,6 +96,18 @@ def selective_scan(
         y = y * F.silu(z.to(wide))
     y = y.to(u.dtype)
     return (y, last) if return_last_state else y
+
+
+def _best_method(u: Tensor) -> Method:
+    if u.is_cuda and u.dtype != torch.float64 and _has_triton():
+        return "triton"
+    # A single step, as when a model writes, leaves nothing to gain from chunks.
+    return "loop" if u.shape[-1] == 1 else "chunked"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 Scanned = tuple[Float[Tensor, "batch channels time"], Float[Tensor, "batch channels states"]]
@@ -252,7 +277,7 @@ def check_scan(
     """Refuses what the scan cannot run on.
 
     Raises:
-        ValueError: If a shape, type or device clashes, the sequence is empty, or A is not negative.
+        ValueError: If a shape, type or device clashes, the sequence is empty, or A, on a CPU, is not negative.
     """
     if u.dim() != 3 or A.dim() != 2:
         raise ValueError(
@@ -287,7 +312,7 @@ def check_scan(
             raise ValueError(f"{name} is on {tensor.device} and u on {u.device}: move them to one device")
         if (tensor.dtype == torch.float64) != (u.dtype == torch.float64):
             raise ValueError(f"{name} is {tensor.dtype} and u {u.dtype}: give both in float64, or neither")
-    if not bool((A < 0).all()):
+    if A.device.type == "cpu" and not bool((A < 0).all()):
         raise ValueError(
             f"A must be negative, so that the state fades; its largest entry is {float(A.max()):.4g}. "
             "Parametrise it as A = -exp(A_log)"
