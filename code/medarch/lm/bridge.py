@@ -2,20 +2,25 @@
 
 A decoder whose feed-forwards are all dense is a Llama, and one whose feed-forwards are all mixtures is a Mixtral.
 Their checkpoints are written and read here without transformers, in the names that published checkpoints of the
-two families bear; importing transformers alone takes longer than loading one of our models.
+two families bear; importing transformers alone takes longer than loading one of our models. The families with state
+space layers are in ``medarch.lm.hybrid_families`` and ``medarch.lm.hybrid_bridge``, and the functions here call those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from medarch.lm import hybrid_bridge, hybrid_families
 from medarch.lm.config import DecoderConfig
 from medarch.lm.decoder import Decoder, DecoderLayer
+from medarch.lm.families import REQUIRED, Family, check_kinds, rope_theta
+from medarch.lm.hybrid import HybridDecoder
+from medarch.lm.hybrid_config import HybridConfig
 from medarch.lm.weight_files import CONFIG, fill_weights, read_json, read_tensor, stored_names, write_checkpoint
 from medarch.moe.config import MoEConfig
 from medarch.moe.dense import DenseMLP
@@ -27,22 +32,6 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 8_000_000
 
-
-class Family(NamedTuple):
-    """One of transformers' model families that the decoder can be.
-
-    Attributes:
-        architecture: The class that ``AutoModelForCausalLM`` chooses.
-        defaults: What a field has where ``config.json`` leaves it out.
-        required: What a field must have for the decoder to compute the same.
-    """
-
-    architecture: str
-    defaults: dict[str, Any]
-    required: dict[str, Any]
-
-
-_REQUIRED = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -59,7 +48,7 @@ FAMILIES = {
             "tie_word_embeddings": False,
             "initializer_range": 0.02,
         },
-        {**_REQUIRED, "attention_bias": False, "mlp_bias": False},
+        {**REQUIRED, "attention_bias": False, "mlp_bias": False},
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -79,10 +68,10 @@ FAMILIES = {
             "num_experts_per_tok": 2,
             "router_aux_loss_coef": 0.001,
         },
-        {**_REQUIRED, "sliding_window": None, "router_jitter_noise": 0.0},
+        {**REQUIRED, "sliding_window": None, "router_jitter_noise": 0.0},
     ),
 }
-"""The families by ``model_type``, with transformers' own defaults."""
+"""The families without state spaces by ``model_type``, with transformers' own defaults."""
 
 _SHARED = (
     "vocab_size",
@@ -105,8 +94,10 @@ def to_transformers_config(config: DecoderConfig) -> dict[str, Any]:
     is a field of our own, which transformers keeps and does not use.
 
     Raises:
-        ValueError: If the decoder is neither a Llama nor a Mixtral; the message names the field.
+        ValueError: If transformers has no such decoder; the message names the field.
     """
+    if isinstance(config, HybridConfig):
+        return hybrid_families.to_transformers_config(config)
     kinds = set(config.feed_forwards)
     if set(config.mixers) != {"attention"} or len(kinds) > 1:
         raise ValueError(
@@ -163,10 +154,13 @@ def from_transformers_config(fields: dict[str, Any], source: str = CONFIG) -> De
             names the field and its value.
     """
     model_type = fields.get("model_type")
+    if isinstance(model_type, str) and model_type in hybrid_families.FAMILIES:
+        return hybrid_families.from_transformers_config(fields, source)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        families = ", ".join((*FAMILIES, *hybrid_families.FAMILIES))
         raise ValueError(
-            f"{source}: model_type={model_type!r} is not one of {', '.join(FAMILIES)}, which the decoder can be: "
-            "load it with library='transformers'"
+            f"{source}: model_type={model_type!r} is not one of {families}, which the decoder can be: load it with "
+            "library='transformers'"
         )
     if "auto_map" in fields:
         raise ValueError(f"{source}: auto_map={fields['auto_map']} asks for code from the checkpoint, which is not run")
@@ -178,8 +172,8 @@ def from_transformers_config(fields: dict[str, Any], source: str = CONFIG) -> De
                 "library='transformers'"
             )
     known = family.defaults | {name: value for name, value in fields.items() if name in family.defaults}
-    known["rope_theta"] = _rope_theta(fields, known["rope_theta"], source)
-    _check_kinds(known, family.defaults, source)
+    known["rope_theta"] = rope_theta(fields, known["rope_theta"], source)
+    check_kinds(known, family.defaults, source)
     heads = known["num_attention_heads"]
     head_dim = fields.get("head_dim")
     if head_dim is not None and head_dim * heads != known["hidden_size"]:
@@ -191,36 +185,6 @@ def from_transformers_config(fields: dict[str, Any], source: str = CONFIG) -> De
         return _decoder_config(model_type, known, fields)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-
-
-def _rope_theta(fields: dict[str, Any], default: float, source: str) -> float:
-    parameters = fields.get("rope_parameters") or {}
-    scaling = fields.get("rope_scaling") or {}
-    for name, rotary in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if not isinstance(rotary, dict):
-            raise ValueError(f"{source}: {name}={rotary!r} must be an object of fields: copy the file anew")
-        kind = rotary.get("rope_type", rotary.get("type", "default"))
-        if kind != "default" or rotary.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"{source}: {name}={rotary} scales or shortens the rotary positions, which the decoder does not: "
-                "load it with library='transformers'"
-            )
-    theta = parameters.get("rope_theta", fields.get("rope_theta", default))
-    return float(theta) if isinstance(theta, int) and not isinstance(theta, bool) else theta
-
-
-def _check_kinds(known: dict[str, Any], defaults: dict[str, Any], source: str) -> None:
-    """Refuses text or null where a field holds a number, and anything but true or false where it holds that.
-
-    Whole numbers are left to ``DecoderConfig``, which checks them itself.
-    """
-    for name, default in defaults.items():
-        value = known[name]
-        is_truth = isinstance(value, bool)
-        if isinstance(default, bool) and not is_truth:
-            raise ValueError(f"{source}: {name}={value!r} must be true or false: copy the file anew")
-        if isinstance(default, float) and (is_truth or not isinstance(value, int | float)):
-            raise ValueError(f"{source}: {name}={value!r} must be a number: copy the file anew")
 
 
 def _decoder_config(model_type: str, known: dict[str, Any], fields: dict[str, Any]) -> DecoderConfig:
@@ -250,13 +214,15 @@ def weight_views(model: Decoder, fused: bool = False) -> dict[str, Tensor]:
     of ours.
 
     Args:
-        model: A decoder that is a Llama or a Mixtral.
+        model: A decoder of a family that transformers has.
         fused: Whether the experts are stored stacked, as transformers 5 holds them in memory, and not one by
             one, as published checkpoints have them and ``save_pretrained`` of transformers writes them.
 
     Raises:
         ValueError: If a router is not the plain one.
     """
+    if isinstance(model, HybridDecoder):
+        return hybrid_bridge.weight_views(model, fused)
     views = {"model.embed_tokens.weight": model.embed_tokens.weight, "model.norm.weight": model.norm.weight}
     if not model.config.tie_word_embeddings:
         views["lm_head.weight"] = model.lm_head
@@ -305,7 +271,7 @@ def save_pretrained(
     """Writes a checkpoint that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of transformers open.
 
     Args:
-        model: A decoder that is a Llama or a Mixtral.
+        model: A decoder of a family that transformers has.
         tokenizer: Its tokenizer, saved beside it; without one there is nothing for ``AutoTokenizer``.
         folder: Where; files of an earlier checkpoint in it are replaced.
         dtype: Type of the stored weights; rounding to it is the only change they undergo.
@@ -330,7 +296,7 @@ def save_pretrained(
 
 
 def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Decoder, Tokenizer]:
-    """The decoder and the tokenizer of a folder that holds a Llama or a Mixtral, ours or another's.
+    """The decoder and the tokenizer of a folder that holds a model of a known family, ours or another's.
 
     For a checkpoint by its name, see ``medarch.lm.loading.load``.
 
@@ -350,14 +316,19 @@ def load_decoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Deco
     config = from_transformers_config(read_json(folder / CONFIG), str(folder / CONFIG))
     # On the meta device nothing is allocated and no random number drawn for weights that are replaced at once.
     with torch.device("meta"):
-        model = Decoder(config)
+        model = HybridDecoder(config) if isinstance(config, HybridConfig) else Decoder(config)
     model = model.to(dtype).to_empty(device="cpu")
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in stored_names(folder))
-    fill_weights(folder, weight_views(model, fused), _may_be_left(folder, model))
+    stored = stored_names(folder)
+    views = weight_views(model, any(name.endswith(".experts.gate_up_proj") for name in stored))
+    embedding = next(name for name, view in views.items() if view.data_ptr() == model.embed_tokens.weight.data_ptr())
+    if (older := embedding.replace("embeddings", "embedding")) in stored and embedding not in stored:
+        views[older] = views.pop(embedding)  # as the first conversions of Mamba have it
+        embedding = older
+    fill_weights(folder, views, _may_be_left(folder, model, embedding))
     return model.eval()
 
 
-def _may_be_left(folder: Path, model: Decoder) -> Callable[[str], bool]:
+def _may_be_left(folder: Path, model: Decoder, embedding: str) -> Callable[[str], bool]:
     """Two tensors that checkpoints hold beside the weights: old rotary tables, and a tied head written out."""
 
     def left(name: str) -> bool:
@@ -365,11 +336,11 @@ def _may_be_left(folder: Path, model: Decoder) -> Callable[[str], bool]:
             return True
         if name != "lm_head.weight" or not model.config.tie_word_embeddings:
             return False
-        head, embedding = read_tensor(folder, name), read_tensor(folder, "model.embed_tokens.weight")
-        if head is None or embedding is None or not torch.equal(head, embedding):
+        head, table = read_tensor(folder, name), read_tensor(folder, embedding)
+        if head is None or table is None or not torch.equal(head, table):
             raise ValueError(
-                f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but {CONFIG} has "
-                "tie_word_embeddings=true: set it to false"
+                f"{folder}: lm_head.weight differs from {embedding}, but {CONFIG} has tie_word_embeddings=true: set it "
+                "to false"
             )
         return True
 

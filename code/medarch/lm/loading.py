@@ -161,12 +161,12 @@ def load(
     """A model in evaluation mode and its tokenizer, by name.
 
     Args:
-        name: A checkpoint of the book (``"dense"``, ``"moe"``), a local folder, or ``"owner/repository"`` of the
+        name: A checkpoint of the book (``"dense"``, ``"mamba"``), a local folder, or ``"owner/repository"`` of the
             hub.
         device: Where to put the model; the CPU where it is absent.
         dtype: Type of the weights. Where it is absent, float32 on a CPU, which computes slowly in bfloat16, and
             the type of the stored weights elsewhere.
-        library: Whose model: ``"medarch"`` for our decoder, which can be a Llama or a Mixtral, or
+        library: Whose model: ``"medarch"`` for our decoder, which can be a Llama, a Mixtral, a Mamba or a Jamba, or
             ``"transformers"`` for any family that transformers has.
 
     Returns:
