@@ -275,7 +275,6 @@ def _state_space_values(known: dict[str, Any], fields: dict[str, Any]) -> dict[s
         "rms_norm_eps": known["layer_norm_epsilon"],
         "max_position_embeddings": fields.get("max_position_embeddings", UNBOUNDED),
         "feed_forwards": ("none",),
-        "positions": "none",
     }
 
 
