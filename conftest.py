@@ -15,6 +15,9 @@ MODULES = (
     *("balance", "capacity", "expert_choice", "fixed", "loss_free", "noisy", "probes", "shared", "soft", "switch"),
 )
 jaxtyping.install_import_hook([f"medarch.moe.{name}" for name in MODULES], "beartype.beartype")
+# The state space models likewise.
+SSM = ("ssd", "ssd_chunks", "mamba2", "mamba2_weights")
+jaxtyping.install_import_hook([f"medarch.ssm.{name}" for name in SSM], "beartype.beartype")
 
 
 def pytest_configure(config: Any) -> None:
