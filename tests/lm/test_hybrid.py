@@ -18,6 +18,7 @@ from medarch.lm.hybrid_config import HybridConfig
 from medarch.moe.config import MoEConfig
 from medarch.moe.shared import SharedExpertMoE
 from medarch.ssm.config import MambaConfig
+from medarch.ssm.mamba2_config import Mamba2Config
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -43,9 +44,9 @@ CONFIGS = {
     ),
     "granite": HybridConfig(
         **SIZES,
-        mixers=("mamba", "attention"),
+        mixers=("mamba2", "attention"),
         feed_forwards=("moe",),
-        mamba=MAMBA,
+        mamba2=Mamba2Config(24, state_size=5, head_dim=6, n_groups=2, chunk_size=4),
         moe=MoEConfig(24, 16, num_experts=5, router_order="topk-then-softmax", initializer_range=0.2),
         shared_intermediate_size=20,
         embedding_multiplier=3.0,

@@ -19,6 +19,7 @@ from medarch.moe.layer import MoELayer
 from medarch.moe.router import Routing
 from medarch.moe.shared import SharedExpertMoE
 from medarch.ssm.mamba import MambaMixer
+from medarch.ssm.mamba2 import Mamba2Mixer
 from medarch.ssm.state import RecurrentState
 
 
@@ -193,12 +194,15 @@ class HybridDecoder(Decoder):
 
 def make_mixer(
     config: HybridConfig, kind: str, generator: torch.Generator | None = None
-) -> HybridAttention | MambaMixer:
+) -> HybridAttention | MambaMixer | Mamba2Mixer:
     """The mixer of that kind, with the sizes that the configuration gives it."""
     if kind == "attention":
         return HybridAttention(config, generator)
-    assert config.mamba is not None
-    return MambaMixer(config.mamba, generator)
+    if kind == "mamba":
+        assert config.mamba is not None
+        return MambaMixer(config.mamba, generator)
+    assert config.mamba2 is not None
+    return Mamba2Mixer(config.mamba2, generator)
 
 
 def make_feed_forward(

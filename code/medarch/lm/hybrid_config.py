@@ -10,8 +10,9 @@ from typing import Any
 from medarch.lm.config import DecoderConfig
 from medarch.moe.config import MoEConfig
 from medarch.ssm.config import MambaConfig
+from medarch.ssm.mamba2_config import Mamba2Config
 
-MIXERS = ("attention", "mamba")
+MIXERS = ("attention", "mamba", "mamba2")
 FEED_FORWARDS = ("dense", "moe", "none")
 POSITIONS = ("rotary", "none")
 
@@ -24,9 +25,10 @@ class HybridConfig(DecoderConfig):
     ``intermediate_size`` does not.
 
     Attributes:
-        mixers: As in ``DecoderConfig``, with ``"mamba"`` beside ``"attention"``.
+        mixers: As in ``DecoderConfig``, with ``"mamba"`` and ``"mamba2"`` beside ``"attention"``.
         feed_forwards: ``"dense"``, ``"moe"`` or ``"none"``; Mamba's own models have none.
         mamba: Sizes of the Mamba mixers, where there are any.
+        mamba2: Sizes of the Mamba-2 mixers, where there are any.
         positions: ``"rotary"``, or ``"none"`` where the state space layers alone tell the order, as in Jamba and
             Granite 4.
         shared_intermediate_size: Width of a dense feed-forward beside every mixture, which each token visits.
@@ -41,6 +43,7 @@ class HybridConfig(DecoderConfig):
     """
 
     mamba: MambaConfig | None = None
+    mamba2: Mamba2Config | None = None
     positions: str = "rotary"
     shared_intermediate_size: int | None = None
     embedding_multiplier: float = 1.0
@@ -72,7 +75,8 @@ class HybridConfig(DecoderConfig):
                     f"shared_intermediate_size={shared} stands beside a mixture, but feed_forwards="
                     f"{self.feed_forwards} names no 'moe'"
                 )
-        self._check_mixer("mamba")
+        for name in ("mamba", "mamba2"):
+            self._check_mixer(name)
 
     def _check_mixer(self, name: str) -> None:
         sizes, wanted = getattr(self, name), name in self.mixers
@@ -101,6 +105,18 @@ class HybridConfig(DecoderConfig):
         # The parent knows attention alone.
         super()._check_pattern(name, MIXERS if name == "mixers" else FEED_FORWARDS)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them: no bound is null, and Mamba-2 is left out where there is none."""
+        fields = super().to_dict()
+        if self.mamba2 is None:
+            # So a run of a model without it goes on that was begun before there was Mamba-2.
+            del fields["mamba2"]
+            return fields
+        for name in ("time_step_limit", "A_init_range"):
+            bounds = getattr(self.mamba2, name)
+            fields["mamba2"][name] = [bound if math.isfinite(bound) else None for bound in bounds]
+        return fields
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> HybridConfig:
         """The configuration that ``to_dict`` wrote.
@@ -108,8 +124,15 @@ class HybridConfig(DecoderConfig):
         Raises:
             ValueError: If a field is unknown or missing, or the values contradict one another.
         """
-        kinds: dict[str, type] = {"moe": MoEConfig, "mamba": MambaConfig}
+        kinds: dict[str, type] = {"moe": MoEConfig, "mamba": MambaConfig, "mamba2": Mamba2Config}
         try:
+            if fields.get("mamba2") is not None:
+                bounds = {
+                    name: tuple(math.inf if bound is None else bound for bound in fields["mamba2"][name])
+                    for name in ("time_step_limit", "A_init_range")
+                    if name in fields["mamba2"]
+                }
+                fields = {**fields, "mamba2": fields["mamba2"] | bounds}
             made = {name: kind(**fields[name]) for name, kind in kinds.items() if fields.get(name) is not None}
             return cls(**{**fields, **made})
         except TypeError as error:
