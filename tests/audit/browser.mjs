@@ -18,7 +18,7 @@ export async function launch(extra = []) {
   });
 }
 
-/** Wait until the page shows what it will show: mathematics typeset, fonts and pictures there. Returns what did not come, or "". */
+/** Wait until the page shows what it will show: mathematics typeset, fonts, pictures and charts there. Returns what did not come, or "". */
 export async function settle(page, seconds = 30) {
   return page.evaluate(async (limit) => {
     document.querySelectorAll("img[loading=lazy]").forEach((image) => (image.loading = "eager"));
@@ -29,6 +29,11 @@ export async function settle(page, seconds = 30) {
       }
       await document.fonts.ready;
       await Promise.all([...document.images].map((image) => image.decode().catch(() => {})));
+      for (const { parentElement: figure } of document.querySelectorAll("script.chart-data")) {
+        figure.scrollIntoView(); // a chart comes to life when the reader comes near; one on another slide does not
+        while (figure.offsetParent && !figure.querySelector(".chart svg")) await new Promise((done) => setTimeout(done, 20));
+      }
+      scrollTo(0, 0);
       return "";
     };
     const late = new Promise((done) => setTimeout(done, limit * 1000, `not settled after ${limit} s`));

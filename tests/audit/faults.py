@@ -45,6 +45,13 @@ FAULTS: dict[str, tuple[str, Callable[[str], str]]] = {
     "image": ("image", into_article('<img src="data:image/png;base64,AAAA" alt="broken">')),
     "icon": ("icon", into_article('<i class="fa-solid fa-no-such-icon"></i>')),
     "weight": ("weight", into_article('<link rel="stylesheet" href="/_static/heavy.css">')),
+    "chart": (
+        "mathematics, fonts or charts",
+        into_article(
+            '<figure><img src="/_static/logo.svg" alt="a logo"><script type="application/json" class="chart-data">'
+            '{"width":"wide"}</script></figure>'
+        ),
+    ),
     "equation": ("equation", into_article(r'<span class="math notranslate nohighlight">\(\frac{1\)</span>')),
 }
 # Spoiling these also shows as a console error or as an image that does not show, and rightly so.

@@ -8,7 +8,7 @@ import { launch, settle, setTheme } from "./browser.mjs";
 import { serve } from "./serve.mjs";
 
 const KB = 1000;
-const BUDGET = { landing: 300 * KB, page: 520 * KB }; // compressed, before the figures
+const BUDGET = { landing: 300 * KB, page: 520 * KB, charts: 220 * KB }; // compressed, before the figures, and Vega apart
 const LIGHTHOUSE = { performance: 0.9, accessibility: 1, "best-practices": 1 };
 const AXE = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const AXE_OPTIONS = {
@@ -50,14 +50,27 @@ async function check(browser, origin, name, landing) {
 
   await page.goto(`${origin}/${name}`, { waitUntil: "networkidle" });
   const late = await settle(page);
-  if (late) report(name, "mathematics or fonts", late, "open the page and see what its console and network say");
-  const weight = [...transferred].filter(([url]) => !url.includes("/_images/")).reduce((sum, [, n]) => sum + n, 0);
+  if (late) report(name, "mathematics, fonts or charts", late, "open the page and see what its console and network say");
+  const size = (wanted) => [...transferred].filter(([url]) => wanted(url)).reduce((sum, [, n]) => sum + n, 0);
+  const isVega = (url) => url.includes("/_static/vega.js"); // fetched for readers who come near a chart
+  const weight = size((url) => !url.includes("/_images/") && !isVega(url));
   const budget = landing ? BUDGET.landing : BUDGET.page;
-  if (weight > budget) {
+  for (const [found, allowed, what] of [[weight, budget, "a page"], [size(isVega), BUDGET.charts, "Vega"]]) {
+    if (found <= allowed) continue;
     const heavy = [...transferred].sort((a, b) => b[1] - a[1]).slice(0, 4);
     const list = heavy.map(([url, n]) => `${url.slice(origin.length + 1)} ${Math.round(n / KB)}`).join(", ");
-    report(name, "weight", `${Math.round(weight / KB)} KB over the ${budget / KB} KB that a page may weigh compressed`,
+    report(name, "weight", `${Math.round(found / KB)} KB over the ${allowed / KB} KB that ${what} may weigh compressed`,
       `the heaviest, in KB: ${list}`);
+  }
+  for (const slider of await page.locator('.chart input[type="range"]').all()) {
+    const after = async (key) => {
+      await slider.press(key);
+      await page.waitForTimeout(100);
+      return slider.evaluate((input) => input.closest(".chart").querySelector("svg").outerHTML);
+    };
+    if ((await after("Home")) === (await after("End")))
+      report(name, "chart", `the input ${await slider.getAttribute("name")} changes nothing`,
+        "let something in the chart depend on the parameter");
   }
 
   const found = await page.evaluate(() => ({

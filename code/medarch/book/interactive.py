@@ -36,7 +36,9 @@ import vl_convert
 
 from medarch.book.figures import COLOURS, INK, PLATE, QUIET, SEQUENTIAL
 
-VEGA, STILL = "application/vnd.vega.v5+json", "image/svg+xml"  # Vega 6 reads what Vega 5 does, and so the other way
+# JupyterLab has Vega 5. The page has Vega 6, which is the same but for how it is packaged.
+VEGA, SCHEMA = "application/vnd.vega.v5+json", "https://vega.github.io/schema/vega/v5.json"
+STILL = "image/svg+xml"
 WIDTH, HEIGHT = 600, 300
 # What starts by itself or answers to a wheel alone: a reader could neither stop the one nor reach the other by keys.
 UNREACHABLE = {"timer", "wheel"}
@@ -52,6 +54,7 @@ def house_style() -> altair.theme.ThemeConfig:
         "font": "DejaVu Sans, Verdana, sans-serif",
         "view": {"continuousWidth": WIDTH, "continuousHeight": HEIGHT, "discreteWidth": WIDTH, "stroke": None},
         "axis": {**text, "domainColor": QUIET, "tickColor": QUIET, "gridColor": "#e5e7eb", "labelFlush": False},
+        "axisQuantitative": {"tickCount": 6},
         "legend": {**text, "orient": "top", "symbolSize": 150, "symbolStrokeWidth": 2},
         "header": text,
         "title": {"anchor": "start", "fontSize": 15, "fontWeight": "normal", "color": INK},
@@ -68,8 +71,8 @@ class Figure:
     """An Altair chart whose inputs work in the page, on the deck and in a notebook.
 
     Args:
-        chart: a chart with at least one parameter that is bound to an input. A single or layered chart takes the
-            width that the page has; the charts of a row keep theirs and stand under one another on a phone.
+        chart: a chart with at least one parameter that is bound to an input. A single or layered chart without a
+            width takes what the page has; the charts of a row keep theirs, and stand under one another on a phone.
         alt: what is to be seen, and what the inputs change, for readers who see neither.
 
     Raises:
@@ -82,8 +85,8 @@ class Figure:
         self.alt = " ".join(alt.split())
         chart = chart.properties(description=self.alt)
         if isinstance(chart, altair.Chart | altair.LayerChart) and chart.width is altair.Undefined:
-            chart = chart.properties(width="container")
-        self.vega: dict[str, Any] = chart.to_dict(format="vega")
+            chart = chart.properties(width=WIDTH, autosize=altair.AutoSizeParams(type="fit-x", contains="padding"))
+        self.vega: dict[str, Any] = {**chart.to_dict(format="vega"), "$schema": SCHEMA}
         if not any(_values(self.vega, "input")):
             raise ValueError("no parameter is bound to an input: bind one (bind=alt.binding_range(…)), or draw a still")
         if alone := UNREACHABLE & set(_values(self.vega, "type")):

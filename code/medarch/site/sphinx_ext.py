@@ -25,6 +25,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 from medarch.book.ledger import VERDICTS, Claim
+from medarch.site import charts
 from medarch.site.chapters import Project
 from medarch.site.evidence import evidence_file, read_claims, read_evidence, read_sources, record_values
 from medarch.site.export import DeckOnly, write_notebook
@@ -198,6 +199,7 @@ def decks(app: Any) -> Iterator[tuple[str, dict[str, Any], str]]:
         if any('class="math' in part for _, parts in slides for part in parts):
             context["mathematics"] = app.config.mathjax3_config or {}
             context["mathjax"] = f"_static/{app.config.mathjax_path}"
+        context["charts"] = any(charts.SIGN in part for _, parts in slides for part in parts)
         yield f"{docname}-slides", context, "deck.html"
 
 
@@ -234,7 +236,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the extension."""
     # pybtex looks through every installed package for each citation; once is enough.
     pybtex.plugin._load_entry_point = functools.cache(pybtex.plugin._load_entry_point)
-    app.setup_extension("medarch.site.charts")
+    app.setup_extension(charts.__name__)
     app.add_config_value("medarch_preview", False, "")
     app.add_role("claim", ClaimRole())
     app.add_role("proved", ProvedRole())
