@@ -169,3 +169,15 @@ def test_a_state_detaches_what_it_keeps() -> None:
     model(inputs(CONFIGS[0], 4).requires_grad_(), state)
     assert not state.ssm.requires_grad
     assert not state.conv.requires_grad
+
+
+@pytest.mark.parametrize("piece", [1, 2, 50])
+def test_the_state_keeps_nothing_alive_of_what_was_read(piece: int) -> None:
+    ours = mixer(CONFIGS[1])
+    state = ours.new_cache(2)
+    with torch.no_grad():
+        ours(inputs(CONFIGS[1], piece), state)
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (state.ssm, state.conv)
+    }
+    assert sum(held.values()) == state.used_bytes

@@ -29,7 +29,7 @@ class RecurrentState:
 
     def update(self, ssm: Float[Tensor, "batch *state"], conv: Float[Tensor, "batch tail channels"], new: int) -> None:
         """Takes the memory after ``new`` more positions; no gradient flows through it."""
-        self.ssm, self.conv = ssm.detach(), conv.detach()
+        self.ssm, self.conv = _alone(ssm.detach()), _alone(conv.detach())
         self.length += new
 
     def check_batch(self, batch_size: int) -> None:
@@ -60,3 +60,8 @@ class RecurrentState:
         """An empty memory of these shapes; the state of the scan is kept in float32 at least."""
         wide = torch.promote_types(dtype, torch.float32)
         return cls(torch.zeros(ssm, dtype=wide, device=device), torch.zeros(conv, dtype=dtype, device=device))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor without what it is a part of: a view of the last positions would keep all positions in memory."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
