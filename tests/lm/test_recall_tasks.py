@@ -31,13 +31,21 @@ TASKS = [
     Induction(23, symbols=5),
     MultiQueryRecall(31, pairs=5, keys=11, values=13),
     MultiQueryRecall(15, pairs=5, keys=5, values=5, power=1.0),
+    MultiQueryRecall(43, pairs=5, keys=11, values=13, questions=29),
     PlantedFact(37, facts=3, keys=7, values=11, fillers=5),
+    PlantedFact(47, facts=3, keys=7, values=11, fillers=5, questions=7),
     PlantedFact(16, facts=7, keys=7, values=11, fillers=5, depth=0.5),
 ]
 
 
 def name(task: Task) -> str:
     return f"{type(task).__name__}-{task.length}"
+
+
+def due(task: Task) -> int:
+    """Answers that a sequence asks for."""
+    asked = getattr(task, "questions", None) or getattr(task, "pairs", None) or getattr(task, "items", None)
+    return 1 if asked is None else asked
 
 
 def solve(task: Task, row: list[int]) -> list[int]:
@@ -55,7 +63,8 @@ def solve(task: Task, row: list[int]) -> list[int]:
             if row[place] in pairs:
                 answers[place] = pairs[row[place]]
     else:
-        answers[-1] = row[row.index(row[-1]) + 1]
+        for place in range(row.index(MARK) + 1, len(row), 2):
+            answers[place] = row[row.index(row[place]) + 1]
     return answers
 
 
@@ -68,6 +77,7 @@ def test_the_input_alone_determines_every_answer(task: Task, generator: torch.Ge
     assert int(batch.input_ids.max()) < task.vocab_size
     for row, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
         assert solve(task, row) == targets
+        assert sum(target != IGNORE for target in targets) == due(task)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=name)
@@ -204,11 +214,13 @@ def test_accuracy_and_loss_count_what_is_asked(generator: torch.Generator) -> No
         (lambda: SelectiveCopying(64, items=0), "items=0 must be at least 1"),
         (lambda: Copying(64, symbols=0), "symbols=0"),
         (lambda: Induction(2), "length=2"),
+        (lambda: MultiQueryRecall(64, pairs=8, questions=49), "length=64 is too short for pairs=8"),
         (lambda: MultiQueryRecall(64, pairs=22), "length=64 is too short for pairs=22"),
         (lambda: MultiQueryRecall(128, pairs=33, values=32, keys=40), "pairs=33 exceeds"),
         (lambda: MultiQueryRecall(64, power=0.0), "power=0.0"),
         (lambda: PlantedFact(64, facts=33, keys=32), "length=64 is too short for facts=33"),
         (lambda: PlantedFact(128, facts=33, keys=32), "facts=33 exceeds keys=32"),
+        (lambda: PlantedFact(64, questions=0), "questions=0"),
         (lambda: PlantedFact(64, depth=1.5), "depth=1.5"),
         (lambda: Copying(64, items=8).at_length(15), "length=15"),
         (lambda: Copying(64).sample(0, torch.Generator()), "batch_size=0"),

@@ -202,6 +202,8 @@ class MultiQueryRecall(Task):
         keys: How many kinds of keys there are.
         values: How many kinds of values there are.
         power: Exponent of the law; 1 spreads the questions evenly.
+        questions: Where it is given, so many questions stand at places drawn evenly, each for a key drawn anew; it
+            makes more of every sequence that a model is trained on.
 
     Raises:
         ValueError: If a number is less than one, there are more pairs than kinds, or they do not fit the length.
@@ -212,9 +214,13 @@ class MultiQueryRecall(Task):
     keys: int = 32
     values: int = 32
     power: float = 0.01
+    questions: int | None = None
 
     def __post_init__(self) -> None:
-        self._require(3 * self.pairs, pairs=self.pairs, keys=self.keys, values=self.values)
+        questions = self.pairs if self.questions is None else self.questions
+        self._require(
+            2 * self.pairs + questions, pairs=self.pairs, keys=self.keys, values=self.values, questions=questions
+        )
         if self.pairs > min(self.keys, self.values):
             raise ValueError(
                 f"pairs={self.pairs} exceeds keys={self.keys} or values={self.values}: all in a sequence are different"
@@ -239,11 +245,16 @@ class MultiQueryRecall(Task):
         targets = torch.full_like(inputs, IGNORE)
         inputs[:, 0 : 2 * self.pairs : 2] = keys
         inputs[:, 1 : 2 * self.pairs : 2] = values
-        gaps = torch.arange(1, self.length - 2 * self.pairs + 1, dtype=torch.float64)
-        places = torch.multinomial((gaps ** (self.power - 1)).expand(batch_size, -1), self.pairs, generator=generator)
-        places += 2 * self.pairs
-        inputs.scatter_(1, places, keys)
-        targets.scatter_(1, places, values)
+        room = self.length - 2 * self.pairs
+        if self.questions is None:
+            law = torch.arange(1, room + 1, dtype=torch.float64) ** (self.power - 1)
+            places = torch.multinomial(law.expand(batch_size, -1), self.pairs, generator=generator)
+        else:
+            places = _distinct(batch_size, room, self.questions, generator)
+            asked = torch.randint(self.pairs, places.shape, generator=generator)
+            keys, values = keys.gather(1, asked), values.gather(1, asked)
+        inputs.scatter_(1, 2 * self.pairs + places, keys)
+        targets.scatter_(1, 2 * self.pairs + places, values)
         return RecallBatch(inputs, targets)
 
 
@@ -260,10 +271,11 @@ class PlantedFact(Task):
     Attributes:
         facts: How many facts the text holds.
         depth: Where the fact that is asked for stands, from 0 (the beginning) to 1 (right before the question);
-            anywhere where it is None.
+            anywhere where it is None. With several questions, the fact that the last one asks for.
         keys: How many kinds of keys there are.
         values: How many kinds of values there are.
         fillers: How many kinds of filler words there are.
+        questions: How many questions, each for a fact drawn anew, follow one another at the end.
 
     Raises:
         ValueError: If a number is less than one, there are more facts than keys, the length does not hold them, or
@@ -276,10 +288,11 @@ class PlantedFact(Task):
     keys: int = 32
     values: int = 32
     fillers: int = 32
+    questions: int = 1
 
     def __post_init__(self) -> None:
         counts = {"facts": self.facts, "keys": self.keys, "values": self.values, "fillers": self.fillers}
-        self._require(2 * self.facts + 2, **counts)
+        self._require(2 * self.facts + 2 * self.questions, **counts, questions=self.questions)
         if self.facts > self.keys:
             raise ValueError(f"facts={self.facts} exceeds keys={self.keys}: the keys in a sequence are different")
         if self.depth is not None and not 0 <= self.depth <= 1:
@@ -306,22 +319,23 @@ class PlantedFact(Task):
             self.vocab_size - self.fillers, self.vocab_size, (batch_size, self.length), generator=generator
         )
         # A row of slots in which a fact counts once and a filler once: no two facts can overlap.
-        slots = self.length - 2 - self.facts
+        slots = self.length - 2 * self.questions - self.facts
         chosen = _distinct(batch_size, slots, self.facts, generator)
-        asked = torch.zeros(batch_size, 1, dtype=torch.long)
+        asked = torch.randint(self.facts, (batch_size, self.questions), generator=generator)
         if self.depth is not None:
             # The first fact goes to its depth; one that stood there changes places with it.
             wanted = torch.full((batch_size, 1), round(self.depth * (slots - 1)))
             chosen = torch.where(chosen == wanted, chosen[:, :1], chosen)
             chosen[:, :1] = wanted
+            asked[:, -1] = 0
         # Each fact before a slot takes one token more than the slot.
         starts = chosen + (chosen[:, None, :] < chosen[:, :, None]).sum(-1)
         inputs.scatter_(1, starts, keys)
         inputs.scatter_(1, starts + 1, values)
-        inputs[:, -2] = MARK
-        inputs[:, -1:] = keys.gather(1, asked)
+        inputs[:, -2 * self.questions :: 2] = MARK
+        inputs[:, 1 - 2 * self.questions :: 2] = keys.gather(1, asked)
         targets = torch.full_like(inputs, IGNORE)
-        targets[:, -1:] = values.gather(1, asked)
+        targets[:, 1 - 2 * self.questions :: 2] = values.gather(1, asked)
         return RecallBatch(inputs, targets)
 
 
