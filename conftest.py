@@ -16,7 +16,7 @@ MODULES = (
 )
 jaxtyping.install_import_hook([f"medarch.moe.{name}" for name in MODULES], "beartype.beartype")
 # The state space models likewise.
-SSM = ("ssd", "ssd_chunks", "mamba2", "mamba2_weights")
+SSM = ("discretise", "hippo", "linear", "mamba2", "mamba2_weights", "s4d", "ssd", "ssd_chunks", "vandermonde")
 jaxtyping.install_import_hook([f"medarch.ssm.{name}" for name in SSM], "beartype.beartype")
 
 
