@@ -61,7 +61,9 @@ def selective_scan_triton(
         )
     if torch.float64 in (u.dtype, A.dtype):
         raise ValueError("the Triton scan computes in float32, but got float64: use method='chunked'")
-    return _TritonScan.apply(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus)
+    # Within the function gradients are always off, so whether they are wanted is asked here.
+    wanted = torch.is_grad_enabled()
+    return _TritonScan.apply(u, delta, A, B, C, D, z, delta_bias, initial_state, delta_softplus, wanted)
 
 
 @triton.jit
@@ -239,6 +241,7 @@ class _TritonScan(torch.autograd.Function):
         delta_bias: Tensor | None,
         start: Tensor | None,
         softplus: bool,
+        gradients: bool,
     ) -> tuple[Tensor, Tensor]:
         given = (u, delta, A, B, C, D, z, delta_bias)
         inputs = [None if each is None else each.contiguous() for each in given]
@@ -247,7 +250,7 @@ class _TritonScan(torch.autograd.Function):
         if start is not None:
             state = start.to(torch.float32).contiguous()
         y, last = u.new_empty(u.shape), torch.empty_like(state)
-        training = any(ctx.needs_input_grad)
+        training = gradients and any(ctx.needs_input_grad)
         kept = state.new_empty(batch, channels, triton.cdiv(time, KEPT.value), states) if training else None
         ctx.sizes = (channels, time, states, _about(time))
         ctx.options = {"SOFTPLUS": softplus, "STATES": triton.next_power_of_2(states)}
@@ -284,6 +287,7 @@ class _TritonScan(torch.autograd.Function):
             dz,
             None if dbias is None else dbias.sum(0).to(bias.dtype),
             None if ctx.start_dtype is None else dstart.to(ctx.start_dtype),
+            None,
             None,
         )
 

@@ -1,0 +1,5 @@
+"""What is measured of state space models; each import declares the benchmarks of one study."""
+
+from __future__ import annotations
+
+from medarch.ssm import study_speed as study_speed  # declares ssm/scan-speed
