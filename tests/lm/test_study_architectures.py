@@ -8,7 +8,7 @@ from medarch.bench.registry import find
 from medarch.lm.catalogue import recipe_names
 
 
-def test_every_recipe_and_every_pair(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # noqa: ANN001
+def test_every_recipe_and_every_pair(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     from medarch.bench import partial as module
 
     monkeypatch.setattr(module, "repository_root", lambda: tmp_path)

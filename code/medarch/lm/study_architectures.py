@@ -34,10 +34,14 @@ def architecture_spread(device: str = "cpu", quick: bool = False) -> dict[str, A
     """
     parts = Partials(find(NAME), device, quick)
     steps, seeds, documents = (3, SEEDS[:2], 6) if quick else (STEPS[device], SEEDS, None)
+    smaller = {"batch_size": 2, "length": 32} if quick else {}
     names = recipe_names()
     jobs = {
         f"{name}-{seed}": partial(
-            train_and_measure, find_recipe(name).change(steps=steps, seed=seed, eval_every=0), device, documents
+            train_and_measure,
+            find_recipe(name).change(steps=steps, seed=seed, eval_every=0, **smaller),
+            device,
+            documents,
         )
         for seed in seeds
         for name in names
