@@ -1,4 +1,4 @@
-"""Who foretells glucose best from readings with gaps: six small networks, boosted trees, a line, and no model at all."""
+"""Who foretells glucose best from readings with gaps: six small networks, boosted trees, a line, and no model."""
 
 from __future__ import annotations
 
