@@ -9,5 +9,6 @@ from medarch.lm import study_scaling as study_scaling  # declares lm/scaling
 from medarch.lm import study_specialisation as study_specialisation  # declares lm/specialisation
 from medarch.lm import study_spread as study_spread  # declares lm/checkpoint-spread
 from medarch.lm import study_step as study_step  # declares lm/training-step
+from medarch.lm import study_streaming as study_streaming  # declares lm/streaming
 from medarch.lm import study_training as study_training  # declares lm/moe-training
 from medarch.lm import study_vital_signs as study_vital_signs  # declares lm/vital-signs
