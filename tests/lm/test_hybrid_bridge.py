@@ -21,7 +21,6 @@ from medarch.lm.bridge import (
     to_transformers_config,
     weight_views,
 )
-from medarch.lm.decoder import Decoder
 from medarch.lm.generation import generate
 from medarch.lm.hybrid import HybridDecoder
 from medarch.lm.hybrid_config import HybridConfig
@@ -76,6 +75,59 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0, "mamba_d_state": 5,
         },
     ),
+    "mamba2_groups": (
+        "Mamba2",
+        {
+            "hidden_size": 15, "state_size": 7, "num_heads": 6, "head_dim": 5, "n_groups": 3, "num_hidden_layers": 3,
+            "conv_kernel": 3, "chunk_size": 4,
+        },
+    ),
+    "mamba2_biases_tied": (
+        "Mamba2",
+        {
+            "hidden_size": 22, "state_size": 5, "num_heads": 2, "head_dim": 11, "n_groups": 1, "num_hidden_layers": 2,
+            "expand": 1, "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": True, "chunk_size": 16,
+            "layer_norm_epsilon": 0.01, "residual_in_fp32": False,
+        },
+    ),
+    "mamba2_limited": (
+        "Mamba2",
+        {
+            "hidden_size": 14, "state_size": 3, "num_heads": 21, "head_dim": 2, "n_groups": 7, "num_hidden_layers": 2,
+            "expand": 3, "chunk_size": 5, "time_step_limit": [0.3, 0.9],
+        },
+    ),
+    "granite_moe": (
+        "GraniteMoeHybrid",
+        {
+            "hidden_size": 20, "intermediate_size": 12, "shared_intermediate_size": 28, "num_hidden_layers": 5,
+            "num_attention_heads": 5, "num_key_value_heads": 1, "num_local_experts": 7, "num_experts_per_tok": 3,
+            "layer_types": ["mamba", "attention", "mamba", "mamba", "attention"], "mamba_n_heads": 8,
+            "mamba_d_state": 7, "mamba_n_groups": 4, "mamba_d_conv": 3, "mamba_chunk_size": 4,
+            "position_embedding_type": "nope", "embedding_multiplier": 3.0, "logits_scaling": 1.7,
+            "residual_multiplier": 0.6, "attention_multiplier": 0.3,
+        },
+    ),
+    "granite_dense_rope": (
+        "GraniteMoeHybrid",
+        {
+            "hidden_size": 18, "intermediate_size": 31, "shared_intermediate_size": 11, "num_hidden_layers": 3,
+            "num_attention_heads": 3, "num_key_value_heads": 3, "num_local_experts": 0, "num_experts_per_tok": 0,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"], "mamba_n_heads": 6,
+            "mamba_expand": 3, "mamba_d_state": 5, "mamba_proj_bias": True, "mamba_conv_bias": False,
+            "position_embedding_type": "rope", "rope_parameters": {"rope_type": "default", "rope_theta": 41.0},
+            "tie_word_embeddings": True, "rms_norm_eps": 0.02, "attention_multiplier": 0.7,
+        },
+    ),
+    "granite_attention_alone": (
+        "GraniteMoeHybrid",
+        {
+            "hidden_size": 24, "intermediate_size": 16, "shared_intermediate_size": 20, "num_hidden_layers": 2,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 2,
+            "layer_types": ["attention", "attention"], "mamba_n_heads": 1, "position_embedding_type": "rope",
+            "residual_multiplier": 0.5,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -101,6 +153,11 @@ def their_model(name: str, seed: int = 1, **changes: Any) -> Any:
 
 def tokens(vocab_size: int = 59, batch: int = 2, time: int = 17, seed: int = 2) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def keeps_to_its_limit(name: str) -> bool:
+    """Not so where step sizes are limited: transformers 5.23 forgets the limit when it reads a single token."""
+    return "time_step_limit" not in THEIRS[name][1]
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +201,8 @@ def test_a_memory_of_what_was_read_gives_the_full_forward_and_their_continuation
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
         assert cache.length == 11
         prompt = ids[:, :5]
-        expected = theirs.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=0)
+        options = {"do_sample": False, "pad_token_id": 0, "use_cache": keeps_to_its_limit(name)}
+        expected = theirs.generate(prompt, max_new_tokens=9, **options)
     continued = generate(ours, prompt, 9)
     assert torch.equal(continued, expected)
     assert torch.equal(generate(ours, prompt, 9, use_cache=False), expected)
@@ -162,7 +220,8 @@ for folder in sys.argv[1:]:
     expected = torch.load(folder + "/expected.pt")
     with torch.no_grad():
         logits = model.eval()(expected["input_ids"]).logits
-        written = model.generate(expected["input_ids"][:, :5], max_new_tokens=6, do_sample=False, pad_token_id=0)
+        options = {"do_sample": False, "pad_token_id": 0, "use_cache": expected["use_cache"]}
+        written = model.generate(expected["input_ids"][:, :5], max_new_tokens=6, **options)
     answers[folder] = {
         "model": type(model).__name__,
         "faults": [str(name) for names in report.values() for name in names],
@@ -198,6 +257,7 @@ def test_saved_models_open_in_a_fresh_process_with_equal_logits(tmp_path: Path, 
             logits = stored(ids).logits
         written = generate(stored, ids[:, :5], 6, end_of_text=tokenizer.end_of_text)
         expected = {"input_ids": ids, "logits": logits, "written": written, "texts": json.dumps(TEXTS)}
+        expected["use_cache"] = keeps_to_its_limit(name)
         torch.save(expected, tmp_path / name / "expected.pt")
     folders = [str(tmp_path / name) for name in THEIRS]
     read = subprocess.run(
@@ -230,7 +290,7 @@ def test_one_loader_for_both_libraries(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", [name for name, (_, fields) in THEIRS.items() if fields.get("num_experts", 1) > 1])
+@pytest.mark.parametrize("name", ["jamba_moe", "jamba_one_expert_a_token", "granite_moe", "granite_attention_alone"])
 def test_experts_stored_in_one_stack_load_too(name: str, tmp_path: Path) -> None:
     theirs = their_model(name)
     theirs.save_pretrained(tmp_path / "apart")
@@ -270,9 +330,9 @@ def test_what_a_config_leaves_out_is_what_transformers_puts_in() -> None:
     for family in FAMILIES.values():
         theirs = getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))()
         for name, value in family.defaults.items():
-            found = getattr(theirs, name)
-            if value == "auto":
+            if value in (None, "auto"):
                 continue  # asked below, where it has been computed
+            found = theirs.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(theirs, name)
             assert found == value, (family.architecture, name)
         for name, value in family.required.items():
             assert getattr(theirs, name, value) == value, name
@@ -308,6 +368,17 @@ REFUSED = [
     ("jamba_moe", {"num_experts_per_tok": 6}, "num_experts_per_tok=6"),
     ("jamba_moe", {"num_key_value_heads": 2}, "num_key_value_heads=2"),
     ("jamba_moe", {"head_dim": 6}, "head_dim=6"),
+    ("mamba2_groups", {"n_groups": 4}, "n_groups=4"),
+    ("mamba2_groups", {"head_dim": 6}, "head_dim=6"),
+    ("mamba2_groups", {"time_step_limit": [0.5]}, "time_step_limit"),
+    ("mamba2_groups", {"time_step_limit": [0.5, 0.1]}, "time_step_limit"),
+    ("granite_moe", {"attention_bias": True}, "attention_bias=True"),
+    ("granite_moe", {"layer_types": ["mamba"] * 4}, "layer_types has 4"),
+    ("granite_moe", {"layer_types": ["mamba"] * 4 + ["conv"]}, "layer_types names 'conv'"),
+    ("granite_moe", {"mamba_d_head": 4}, "head_dim=4"),
+    ("granite_moe", {"shared_intermediate_size": 0}, "shared_intermediate_size"),
+    ("granite_moe", {"logits_scaling": "large"}, "logits_scaling='large'"),
+    ("granite_dense_rope", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 41.0}}, "rope_parameters="),
 ]
 
 
@@ -334,6 +405,11 @@ UNSAVED = [
     ("jamba_moe", {"intermediate_size": 16}, "intermediate_size=16"),
     ("jamba_moe", {"moe": MoEConfig(20, 12, 5, 3)}, "norm_topk_prob=True"),
     ("jamba_moe", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
+    ("granite_moe", {"shared_intermediate_size": None}, "shared_intermediate_size=None"),
+    ("granite_moe", {"rms_norm_eps": 0.5}, "layer_norm_epsilon="),
+    ("granite_moe", {"residual_in_fp32": True}, "residual_in_fp32=True"),
+    ("granite_moe", {"feed_forwards": ("moe", "moe", "moe", "moe", "dense")}, "feed_forwards="),
+    ("mamba2_groups", {"embedding_multiplier": 2.0}, "embedding_multiplier=2.0"),
 ]  # fmt: skip
 
 
@@ -341,12 +417,10 @@ UNSAVED = [
 def test_what_transformers_has_not_is_not_saved(name: str, fields: dict[str, Any], named: str, tmp_path: Path) -> None:
     config = from_theirs(name, 61)
     fields, mamba = dict(fields), config.mamba
-    assert mamba is not None
-    mamba = dataclasses.replace(
-        mamba, inner_norms=fields.pop("mamba_inner_norms", mamba.inner_norms),
-        hidden_size=fields.get("hidden_size", mamba.hidden_size),
-    )  # fmt: skip
-    model = HybridDecoder(dataclasses.replace(config, mamba=mamba, **fields))
+    if mamba is not None:
+        norms, hidden = fields.pop("mamba_inner_norms", mamba.inner_norms), fields.get("hidden_size", mamba.hidden_size)
+        fields["mamba"] = dataclasses.replace(mamba, inner_norms=norms, hidden_size=hidden)
+    model = HybridDecoder(dataclasses.replace(config, **fields))
     with pytest.raises(ValueError, match=named):
         save_pretrained(model, None, tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -362,15 +436,20 @@ def test_another_router_is_not_saved(tmp_path: Path) -> None:
         save_pretrained(model, None, tmp_path)
 
 
-A_LOG = {"mamba": "backbone.layers.1.mixer.A_log", "jamba": "model.layers.2.mamba.A_log"}
+MISSED = {
+    "mamba_prime": "backbone.layers.1.mixer.A_log",
+    "mamba2_groups": "backbone.layers.1.mixer.in_proj.weight",
+    "jamba_moe": "model.layers.2.mamba.A_log",
+    "granite_moe": "model.layers.3.shared_mlp.output_linear.weight",
+}
 
 
-@pytest.mark.parametrize("name", ["mamba_prime", "jamba_moe"])
+@pytest.mark.parametrize("name", MISSED)
 def test_missing_misshapen_and_foreign_tensors_are_named(name: str, tmp_path: Path) -> None:
     their_model(name).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
-    tensor = A_LOG[THEIRS[name][0].lower()]
+    tensor = MISSED[name]
     wrong = weights[tensor].T.contiguous()
     for changed, named in (
         ({key: weight for key, weight in weights.items() if key != tensor}, f"lacks the tensor {tensor}"),
@@ -396,10 +475,10 @@ def test_weights_of_another_pattern_of_layers_are_refused(tmp_path: Path) -> Non
 
 
 def test_views_share_the_memory_of_the_model() -> None:
-    model = HybridDecoder(from_theirs("jamba_moe", 61))
-    views = weight_views(model)
-    assert sum(view.numel() for view in views.values()) == sum(weight.numel() for weight in model.parameters())
-    for view in views.values():
-        view.fill_(0.25)
-    assert all(bool((weight == 0.25).all()) for weight in model.parameters())
-    assert isinstance(model, Decoder)
+    for name in ("jamba_moe", "granite_moe"):
+        model = HybridDecoder(from_theirs(name, 61))
+        views = weight_views(model)
+        assert sum(view.numel() for view in views.values()) == sum(weight.numel() for weight in model.parameters())
+        for view in views.values():
+            view.fill_(0.25)
+        assert all(bool((weight == 0.25).all()) for weight in model.parameters())

@@ -1,4 +1,4 @@
-"""Between our hybrid decoder and transformers: the weights of Mamba and Jamba, as published.
+"""Between our hybrid decoder and transformers: the weights of Mamba, Mamba-2, Jamba and GraniteMoeHybrid, as published.
 
 ``medarch.lm.bridge`` calls what stands here where it meets such a model.
 """
@@ -16,14 +16,16 @@ from medarch.lm.hybrid_families import family_of
 from medarch.moe.dense import DenseMLP
 from medarch.moe.layer import MoELayer
 from medarch.moe.router import TopKRouter
+from medarch.moe.shared import SharedExpertMoE
 from medarch.ssm.mamba import MambaMixer
+from medarch.ssm.mamba2 import Mamba2Mixer
 
 
 def weight_views(model: HybridDecoder, fused: bool = False) -> dict[str, Tensor]:
     """Our weights under the names that they bear in a checkpoint, as views: read them to save, fill them to load.
 
     Args:
-        model: A decoder of one of these families.
+        model: A decoder of one of the four families.
         fused: Whether experts are stored under the names and in the stacks of transformers 5, and not as published.
 
     Raises:
@@ -49,7 +51,7 @@ def weight_views(model: HybridDecoder, fused: bool = False) -> dict[str, Tensor]
         second = "pre_ff_layernorm" if family == "jamba" else "post_attention_layernorm"
         assert layer.feed_forward_norm is not None
         views[f"{stored}.{second}.weight"] = layer.feed_forward_norm.weight
-        views |= _jamba_views(layer, stored, fused)
+        views |= (_jamba_views if family == "jamba" else _granite_views)(layer, stored, fused)
     return {name: tensor.detach() for name, tensor in views.items()}
 
 
@@ -82,6 +84,9 @@ def _mixer_views(mixer: Any, stored: str) -> dict[str, Tensor]:
         own |= {"x_proj.weight": mixer.x_proj, "dt_proj.weight": mixer.dt_proj, "dt_proj.bias": mixer.dt_bias}
         own |= {"dt_layernorm.weight": mixer.dt_norm}
         own |= {"b_layernorm.weight": mixer.B_norm, "c_layernorm.weight": mixer.C_norm}
+    else:
+        assert isinstance(mixer, Mamba2Mixer)
+        own |= {"dt_bias": mixer.dt_bias, "norm.weight": mixer.norm_weight}
     return {f"{stored}.{name}": weight for name, weight in own.items() if weight is not None}
 
 
@@ -101,6 +106,23 @@ def _jamba_views(layer: HybridLayer, stored: str, fused: bool) -> dict[str, Tens
         expert = f"{stored}.feed_forward.experts.{number}"
         views[f"{expert}.gate_proj.weight"], views[f"{expert}.up_proj.weight"] = both.chunk(2)
         views[f"{expert}.down_proj.weight"] = back
+    return views
+
+
+def _granite_views(layer: HybridLayer, stored: str, fused: bool) -> dict[str, Tensor]:
+    shared: Any = layer.feed_forward
+    views: dict[str, Tensor] = {}
+    if isinstance(shared, SharedExpertMoE):
+        routed = _routed(shared.routed, stored)
+        names = ("router.layer.weight", "input_linear.weight", "output_linear.weight")
+        if fused:
+            names = ("router.weight", "experts.gate_up_proj", "experts.down_proj")
+        weights = (routed.router.weight, routed.experts.gate_up_proj, routed.experts.down_proj)
+        views = {f"{stored}.block_sparse_moe.{name}": weight for name, weight in zip(names, weights, strict=True)}
+        shared = shared.shared_expert
+    assert isinstance(shared, DenseMLP)
+    views[f"{stored}.shared_mlp.input_linear.weight"] = shared.up_proj
+    views[f"{stored}.shared_mlp.output_linear.weight"] = shared.down_proj
     return views
 
 

@@ -166,8 +166,8 @@ def load(
         device: Where to put the model; the CPU where it is absent.
         dtype: Type of the weights. Where it is absent, float32 on a CPU, which computes slowly in bfloat16, and
             the type of the stored weights elsewhere.
-        library: Whose model: ``"medarch"`` for our decoder, which can be a Llama, a Mixtral, a Mamba or a Jamba, or
-            ``"transformers"`` for any family that transformers has.
+        library: Whose model: ``"medarch"`` for our decoder, which can be a Llama, a Mixtral, a Mamba, a Mamba-2, a
+            Jamba or a GraniteMoeHybrid, or ``"transformers"`` for any family that transformers has.
 
     Returns:
         Model and tokenizer, both of the library that was asked for.
