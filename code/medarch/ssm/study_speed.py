@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,8 +39,8 @@ def scan_speed(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         quick: Whether to run small sizes, to see that everything works.
 
     Returns:
-        For each length and mode one comparison and the peak memory in bytes of each variant; and for each variant how
-        the time grows when the length doubles.
+        For each length and mode one comparison and the peak memory in bytes of each variant; and how the time of
+        our own form grows with the length.
 
     Raises:
         ValueError: If two variants disagree (what is wrong is not timed), or a package is missing.
@@ -56,8 +55,7 @@ def scan_speed(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         "lengths": {},
     }
     for length in lengths:
-        inputs = make_inputs(length, device, channels)
-        cotangent = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1)).to(device)
+        inputs, cotangent = make_inputs(length, device, channels), make_cotangent(length, device, channels)
         results["lengths"][str(length)] = {}
         for mode in ("forward", "forward_backward"):
             calls = {
@@ -68,7 +66,8 @@ def scan_speed(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
             timed = compare(calls, baseline=BASELINE, rounds=rounds, threads=1, device=device).to_dict()
             memory = {name: peak_memory(call, device=device) for name, call in calls.items()}
             results["lengths"][str(length)][mode] = timed | {"peak_bytes": memory}
-    return results | {"growth": growth(results["lengths"])}
+    ours = {name: scan for name, scan in variants.items() if name in ("chunked", "triton")}
+    return results | {"growth": growth(ours, lengths, channels, rounds, device)}
 
 
 def make_inputs(length: int, device: str, channels: int, seed: int = 0) -> dict[str, Tensor]:
@@ -87,6 +86,11 @@ def make_inputs(length: int, device: str, channels: int, seed: int = 0) -> dict[
         "D": normal(channels),
     }
     return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def make_cotangent(length: int, device: str, channels: int) -> Tensor:
+    """What comes back from the loss."""
+    return torch.randn(BATCH, channels, length, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def build_variants(device: str) -> dict[str, Scan]:
@@ -163,7 +167,8 @@ def check_agreement(variants: dict[str, Scan], inputs: dict[str, Tensor], device
     Raises:
         ValueError: Naming the variant and the quantity that differ.
     """
-    cotangent = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1)).to(device)
+    _, channels, length = inputs["u"].shape
+    cotangent = make_cotangent(length, device, channels)
 
     def outcome(scan: Scan) -> list[Tensor]:
         return [without_gradient(scan, inputs)(), *with_backward(scan, inputs, cotangent)()]
@@ -179,13 +184,20 @@ def check_agreement(variants: dict[str, Scan], inputs: dict[str, Tensor], device
                 raise ValueError(f"{name} disagrees with the loop in {quantity}: {difference}") from difference
 
 
-def growth(lengths: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """For each mode and variant, the time of each length over that of the length before, half as long."""
-    grown: dict[str, dict[str, list[float]]] = {}
-    steps = list(lengths.values())
-    for mode in ("forward", "forward_backward"):
-        for before, after in pairwise(steps):
-            for name, row in after[mode]["variants"].items():
-                ratio = row["seconds"]["median"] / before[mode]["variants"][name]["seconds"]["median"]
-                grown.setdefault(mode, {}).setdefault(name, []).append(ratio)
+def growth(scans: dict[str, Scan], lengths: tuple[int, ...], channels: int, rounds: int, device: str) -> dict[str, Any]:
+    """The times of one scan at all lengths, taken in turns, over those at the shortest, forward and with backward.
+
+    In turns, because the times of two lengths that were measured minutes apart differ by what else the machine did.
+    """
+    grown: dict[str, Any] = {}
+    for name, scan in scans.items():
+        calls: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "forward_backward": {}}
+        for length in lengths:
+            inputs, cotangent = make_inputs(length, device, channels), make_cotangent(length, device, channels)
+            calls["forward"][str(length)] = without_gradient(scan, inputs)
+            calls["forward_backward"][str(length)] = with_backward(scan, inputs, cotangent)
+        grown[name] = {
+            mode: compare(each, baseline=str(lengths[0]), rounds=rounds, threads=1, device=device).to_dict()
+            for mode, each in calls.items()
+        }
     return grown
