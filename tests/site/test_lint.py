@@ -59,6 +59,7 @@ PROSE = "One throw of a die says little"
         (CODE, "from sklearn import datasets as d\nd.fetch_openml('x')", 1, "sklearn.datasets.fetch_openml needs a network"),
         (CODE, "import matplotlib.pyplot as plt\nplt.plot(faces)", 1, "the cell draws without alternative text"),
         (CODE, "from IPython.display import SVG\nSVG('')", 1, "the cell draws without alternative text"),
+        (CODE, "from medarch.book import interactive\ninteractive.Figure(faces)", 1, "draws without alternative text"),
         (":alt: A die that shows three.\n", "", -2, "the image ../_static/die.svg has no alternative text"),
         (PROSE, "![](../_static/die.svg) One", 0, "the image ../_static/die.svg has no alternative text"),
         (PROSE, "![A die](https://example.org/die.png) One", 0, "comes from elsewhere"),

@@ -39,7 +39,7 @@ from medarch.book.figures import COLOURS, INK, PLATE, QUIET, SEQUENTIAL
 # JupyterLab has Vega 5. The page has Vega 6, which is the same but for how it is packaged.
 VEGA, SCHEMA = "application/vnd.vega.v5+json", "https://vega.github.io/schema/vega/v5.json"
 STILL = "image/svg+xml"
-WIDTH, HEIGHT = 600, 300
+WIDTH, HEIGHT = 560, 300
 # What starts by itself or answers to a wheel alone: a reader could neither stop the one nor reach the other by keys.
 UNREACHABLE = {"timer", "wheel"}
 

@@ -44,7 +44,7 @@ class Renderer:
         text = json.dumps(data.content, separators=(",", ":")).replace("</", r"<\/")
         page = (
             f'<script type="application/json" {SIGN}>{text}</script>'
-            f"<noscript><p>This figure moves where scripts run. It is shown for {values}.</p></noscript>"
+            f"<noscript><p>This figure can be moved where scripts run. Here it stands at {values}.</p></noscript>"
         )
         return [nodes.raw("", page, format="html", alt=data.content["description"])]
 
