@@ -89,7 +89,7 @@ def test_the_deck_shows_the_chart(site: Path) -> None:
 def test_the_readers_notebook_runs_and_shows_it(site: Path) -> None:
     notebook = nbformat.read(site / "notebooks/demo/decay.ipynb", as_version=4)
     text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    assert "**Fig. 2.** What is kept of a state" in text
+    assert "**Fig. 2.** What is kept of a state after some steps" in text
     assert "chart-data" not in text
     NotebookClient(notebook, kernel_name="python3").execute()
     (output,) = [output for cell in notebook.cells for output in cell.get("outputs", [])]
