@@ -61,32 +61,54 @@ class FixedSelectionMixer(MambaMixer):
     def forward(
         self, hidden_states: Float[Tensor, "batch time hidden"], state: RecurrentState | None = None
     ) -> Float[Tensor, "batch time hidden"]:
-        """Mixes the positions as ``MambaMixer.forward`` does.
-
-        B and C of each channel by itself are more than the scan provides for. Each number of each channel's state is
-        therefore scanned as a channel of its own; B is multiplied with what goes in, C with what comes out.
-        """
+        """Mixes the positions as ``MambaMixer.forward`` does; where nothing is selected, by a convolution."""
         if state is not None:
             state.check_batch(hidden_states.shape[0])
         u, z = F.linear(hidden_states, self.in_proj, self.in_bias).chunk(2, dim=-1)
         u, tail = causal_conv(u, self.conv1d_weight, self.conv1d_bias, None if state is None else state.conv)
         u = F.silu(u)
-        delta, B, C = self._selection(u)
-        _, _, channels, states = (*u.shape, self.config.state_size)
-        result = selective_scan(
-            (u[..., None] * B).flatten(2).transpose(1, 2),
-            delta.transpose(1, 2).repeat_interleave(states, dim=1),
-            self.A.reshape(-1, 1),
-            torch.ones_like(u[:, None, :, 0]),
-            torch.ones_like(u[:, None, :, 0]),
-            return_last_state=state is not None,
-            initial_state=None if state is None else state.ssm.reshape(len(u), -1, 1),
-        )
-        if state is not None:
-            result, last = result
-            state.update(last.view(len(u), channels, states), tail, hidden_states.shape[1])
-        y = (result.transpose(1, 2).unflatten(2, (channels, states)) * C).sum(-1)
+        if not self.widths and state is None:
+            y = self._convolve(u)
+        else:
+            y, last = self._scan(u, None if state is None else state.ssm)
+            if state is not None:
+                state.update(last, tail, hidden_states.shape[1])
         return F.linear((y + self.D * u) * F.silu(z), self.out_proj, self.out_bias)
+
+    def _scan(
+        self, u: Float[Tensor, "batch time channels"], state: Float[Tensor, "batch channels states"] | None
+    ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels states"]]:
+        """What the states answer, and the last state.
+
+        B and C of each channel by itself are more than the scan provides for. Each number of each channel's state is
+        therefore scanned as a channel of its own; B is multiplied with what goes in, C with what comes out.
+        """
+        delta, B, C = self._selection(u)
+        shape = (u.shape[2], self.config.state_size)
+        one = torch.ones_like(u[:, None, :, 0])
+        y, last = selective_scan(
+            (u[..., None] * B).flatten(2).transpose(1, 2),
+            delta.transpose(1, 2).repeat_interleave(shape[1], dim=1),
+            self.A.reshape(-1, 1),
+            one,
+            one,
+            return_last_state=True,
+            initial_state=None if state is None else state.reshape(len(u), -1, 1),
+        )
+        return (y.transpose(1, 2).unflatten(2, shape) * C).sum(-1), last.view(len(u), *shape)
+
+    def _convolve(self, u: Float[Tensor, "batch time channels"]) -> Float[Tensor, "batch time channels"]:
+        """The same where all three are constant: a filter as long as the sequence, by the fast Fourier transform.
+
+        The answer of a channel to one impulse is sum_n delta B_n C_n exp(delta A_n lag). Twice the length leaves room
+        for what would otherwise come round from the end to the beginning.
+        """
+        time, step = u.shape[1], F.softplus(self.dt_bias)
+        lags = torch.arange(time, dtype=u.dtype, device=u.device)
+        decays = torch.exp(lags[:, None, None] * step[:, None] * self.A)
+        kernel = torch.einsum("tdn,dn->td", decays, self.B * self.C) * step
+        spectrum = torch.fft.rfft(u, 2 * time, dim=1) * torch.fft.rfft(kernel, 2 * time, dim=0)
+        return torch.fft.irfft(spectrum, 2 * time, dim=1)[:, :time]
 
     def _selection(
         self, u: Float[Tensor, "batch time channels"]
