@@ -48,9 +48,10 @@ def test_what_is_drawn_follows_the_input() -> None:
 def test_a_chart_without_a_width_fits_any_and_one_with_it_keeps_it() -> None:
     free, fixed = Figure(decay(), alt=WORDS).vega, Figure(decay(width=211), alt=WORDS).vega
     row = Figure(decay(width=211) | decay(width=211), alt=WORDS).vega
+    facets = Figure(decay().encode(row="t:N"), alt=WORDS).vega
     assert (free["autosize"]["type"], free["width"]) == ("fit-x", interactive.WIDTH)
     assert fixed["width"] == 211
-    assert all("fit-x" not in json.dumps(vega.get("autosize", "")) for vega in (fixed, row))
+    assert all("fit-x" not in json.dumps(vega.get("autosize", "")) for vega in (fixed, row, facets))
     assert "layout" in row  # which the page turns into a column where there is no room
 
 

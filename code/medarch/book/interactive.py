@@ -40,6 +40,7 @@ from medarch.book.figures import COLOURS, INK, PLATE, QUIET, SEQUENTIAL
 VEGA, SCHEMA = "application/vnd.vega.v5+json", "https://vega.github.io/schema/vega/v5.json"
 STILL = "image/svg+xml"
 WIDTH, HEIGHT = 560, 300
+FACETS = ("row", "column", "facet")
 # What starts by itself or answers to a wheel alone: a reader could neither stop the one nor reach the other by keys.
 UNREACHABLE = {"timer", "wheel"}
 
@@ -72,7 +73,7 @@ class Figure:
 
     Args:
         chart: a chart with at least one parameter that is bound to an input. A single or layered chart without a
-            width takes what the page has; the charts of a row keep theirs, and stand under one another on a phone.
+            width takes what the page has; several charts keep theirs, and stand under one another on a phone.
         alt: what is to be seen, and what the inputs change, for readers who see neither.
 
     Raises:
@@ -84,7 +85,8 @@ class Figure:
             raise ValueError("the figure has no words: say in alt= what is to be seen and what the inputs change")
         self.alt = " ".join(alt.split())
         chart = chart.properties(description=self.alt)
-        if isinstance(chart, altair.Chart | altair.LayerChart) and chart.width is altair.Undefined:
+        single = isinstance(chart, altair.Chart | altair.LayerChart) and chart.width is altair.Undefined
+        if single and not any(hasattr(getattr(chart.encoding, each, None), "shorthand") for each in FACETS):
             chart = chart.properties(width=WIDTH, autosize=altair.AutoSizeParams(type="fit-x", contains="padding"))
         self.vega: dict[str, Any] = {**chart.to_dict(format="vega"), "$schema": SCHEMA}
         if not any(_values(self.vega, "input")):
