@@ -5,6 +5,7 @@ from __future__ import annotations
 from medarch.lm import study_architectures as study_architectures  # declares lm/architecture-spread
 from medarch.lm import study_decoding as study_decoding  # declares lm/decoding
 from medarch.lm import study_four as study_four  # declares lm/four-checkpoints
+from medarch.lm import study_mamba_step as study_mamba_step  # declares lm/mamba-step
 from medarch.lm import study_recall as study_recall  # declares lm/recall-tasks
 from medarch.lm import study_routers as study_routers  # declares lm/router-access
 from medarch.lm import study_scaling as study_scaling  # declares lm/scaling
