@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medarch.lm import study_architectures as study_architectures  # declares lm/architecture-spread
+from medarch.lm import study_attention_ratio as study_attention_ratio  # declares lm/attention-ratio
 from medarch.lm import study_decoding as study_decoding  # declares lm/decoding
 from medarch.lm import study_four as study_four  # declares lm/four-checkpoints
 from medarch.lm import study_mamba_step as study_mamba_step  # declares lm/mamba-step
