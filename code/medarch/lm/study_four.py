@@ -14,6 +14,7 @@ from torch import Tensor
 
 from medarch.bench.registry import benchmark
 from medarch.bench.timing import compare
+from medarch.data.corpus import Document
 from medarch.lm.catalogue import count_parameters
 from medarch.lm.decoder import Decoder
 from medarch.lm.evaluation import Evaluation, evaluate
@@ -133,6 +134,58 @@ def read_twice(model: Decoder, readings: Readings, batch_size: int = 50) -> dict
     return results
 
 
+@torch.no_grad()
+def name_gain(
+    model: Decoder, tokenizer: Tokenizer, documents: Sequence[Document], batch_size: int = 50
+) -> dict[str, Any]:
+    """What a model makes of the name when it predicts the definition behind it: the true name against another's.
+
+    Every definition is read twice, once behind its own name and once behind that of the next document in the list, and
+    the same tokens are scored both times.
+
+    Args:
+        model: The decoder.
+        tokenizer: Its tokenizer.
+        documents: Documents whose text is the name, a colon and the definition; two or more.
+
+    Returns:
+        Bits per byte of the definitions behind ``own`` and ``other`` names, and their ``gain`` with its
+        ``standard_error`` over the documents.
+
+    Raises:
+        ValueError: If there are fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise ValueError(f"{len(documents)} document(s): the name of another one is needed")
+    texts = [document.text.removeprefix(f"{document.name}:") for document in documents]
+    definitions = [tokenizer.encode(text)[: CONTEXT // 2] for text in texts]
+    sizes = [len(tokenizer.decode(ids).encode()) for ids in definitions]
+    names = [tokenizer.encode(f"{document.name}:")[: CONTEXT // 2 - 1] for document in documents]
+    nats = {
+        kind: _definition_nats(model, tokenizer.end_of_text, given, definitions, batch_size)
+        for kind, given in (("own", names), ("other", names[1:] + names[:1]))
+    }
+    gap = error_of_difference(*({"document_nats": nats[kind], "document_bytes": sizes} for kind in ("other", "own")))
+    bits = {kind: math.fsum(values) / (math.log(2) * sum(sizes)) for kind, values in nats.items()}
+    return bits | {"gain": bits["other"] - bits["own"], "standard_error": gap}
+
+
+def _definition_nats(
+    model: Decoder, end: int, names: list[list[int]], definitions: list[list[int]], batch_size: int
+) -> list[float]:
+    device = next(model.parameters()).device
+    nats: list[float] = []
+    for first in range(0, len(names), batch_size):
+        heads, tails = names[first : first + batch_size], definitions[first : first + batch_size]
+        rows = [[end, *head, *tail] for head, tail in zip(heads, tails, strict=True)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [end] * (longest - len(row)) for row in rows], device=device)
+        losses = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        for row, head, loss in zip(rows, heads, losses.view(len(rows), -1).double(), strict=True):
+            nats.append(float(loss[len(head) : len(row) - 1].sum()))  # padding stands behind, and is not scored
+    return nats
+
+
 def lengthened(model: Decoder, context: int) -> Decoder:
     """The same model, allowed to read ``context`` tokens; beyond those that it was trained on its words mean little."""
     model.config = dataclasses.replace(model.config, max_position_embeddings=context)
@@ -175,9 +228,9 @@ def four_checkpoints(device: str = "cpu", quick: bool = False) -> dict[str, Any]
 
     Bits per byte are those of whole documents, each by itself, with the standard error over documents; the difference
     to the dense model is taken document by document. Recall is measured on the checkpoints as they are, without any
-    further training: the first 32 tokens of a test definition, then other definitions, then the same tokens again; and
-    64 random tokens twice. Decode cost is the time of one more token after a number of others, in turns with the dense
-    model, and the bytes kept of those others.
+    further training: the first 32 tokens of a test definition, then other definitions, then the same tokens again; 64
+    random tokens twice; and definitions behind their own name and behind that of another. Decode cost is the time of
+    one more token after a number of others, in turns with the dense model, and the bytes kept of those others.
 
     Args:
         device: Where to run, ``"cpu"`` or ``"cuda"``.
@@ -211,6 +264,7 @@ def four_checkpoints(device: str = "cpu", quick: bool = False) -> dict[str, Any]
             )
             for distance in DISTANCES
         }
+        results["name"] = name_gain(model, tokenizer, text.corpus.test[:documents])
         generator = torch.Generator().manual_seed(0)
         results["random"] = read_twice(model, random_twice(len(tokenizer), 64, count, generator))
         print(f"{name}: {results['test']['bits_per_byte']:.4f} bits per byte on test", flush=True)
