@@ -102,6 +102,23 @@ def test_gain_of_a_name_is_a_difference_of_the_same_tokens(tokenizer: Tokenizer)
     assert found["gain"] == pytest.approx(found["other"] - found["own"])
 
 
+def test_a_silenced_layer_adds_nothing_and_speaks_again_afterwards(tokenizer: Tokenizer) -> None:
+    model, ids = tiny(), torch.arange(9)[None]
+    documents = [Document(f"HP:{number}", text.split(":")[0], text, None) for number, text in enumerate(TEXTS[:3])]
+    with torch.no_grad():
+        before = model(ids).logits
+        with study.silenced(model.layers[1]):
+            silent = model(ids).logits
+        assert torch.equal(model(ids).logits, before)
+        model.layers[1].mixer.o_proj.zero_()  # attention without a way out says nothing either
+        torch.testing.assert_close(model(ids).logits, silent)
+    model = tiny()
+    found = study.silence_each(model, tokenizer, documents)
+    assert [each["mixer"] for each in found] == ["mamba", "attention", "mamba", None]
+    assert found[-1] == {"mixer": None} | study.name_gain(model, tokenizer, documents)
+    assert len({each["own"] for each in found}) == 4
+
+
 def test_the_call_reads_the_same_token_after_the_same_text_every_time() -> None:
     model = study.lengthened(tiny(), 200)
     call, kept = study.next_token_call(model, 70, piece=31)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -170,6 +171,16 @@ def name_gain(
     return bits | {"gain": bits["other"] - bits["own"], "standard_error": gap}
 
 
+@contextmanager
+def silenced(layer: Any) -> Iterator[None]:
+    """While it lasts, the layer's mixer adds nothing to the residual stream."""
+    hook = layer.mixer.register_forward_hook(lambda mixer, inputs, answer: torch.zeros_like(answer))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _definition_nats(
     model: Decoder, end: int, names: list[list[int]], definitions: list[list[int]], batch_size: int
 ) -> list[float]:
@@ -184,6 +195,24 @@ def _definition_nats(
         for row, head, loss in zip(rows, heads, losses.view(len(rows), -1).double(), strict=True):
             nats.append(float(loss[len(head) : len(row) - 1].sum()))  # padding stands behind, and is not scored
     return nats
+
+
+def silence_each(model: Decoder, tokenizer: Tokenizer, documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """``name_gain`` with one mixer after the other taken out, and with all of them in place as the last entry.
+
+    Args:
+        model: The decoder.
+        tokenizer: Its tokenizer.
+        documents: As for ``name_gain``.
+
+    Returns:
+        One entry a layer, with its ``mixer``, and one with ``mixer`` None.
+    """
+    found = []
+    for layer, (mixer, _) in zip(model.layers, model.config.layer_kinds, strict=True):
+        with silenced(layer):
+            found.append({"mixer": mixer} | name_gain(model, tokenizer, documents))
+    return [*found, {"mixer": None} | name_gain(model, tokenizer, documents)]
 
 
 def lengthened(model: Decoder, context: int) -> Decoder:
@@ -229,8 +258,9 @@ def four_checkpoints(device: str = "cpu", quick: bool = False) -> dict[str, Any]
     Bits per byte are those of whole documents, each by itself, with the standard error over documents; the difference
     to the dense model is taken document by document. Recall is measured on the checkpoints as they are, without any
     further training: the first 32 tokens of a test definition, then other definitions, then the same tokens again; 64
-    random tokens twice; and definitions behind their own name and behind that of another. Decode cost is the time of
-    one more token after a number of others, in turns with the dense model, and the bytes kept of those others.
+    random tokens twice; and definitions behind their own name and behind that of another, for the hybrid also with one
+    mixer after the other taken out. Decode cost is the time of one more token after a number of others, in turns with
+    the dense model, and the bytes kept of those others.
 
     Args:
         device: Where to run, ``"cpu"`` or ``"cuda"``.
@@ -268,6 +298,8 @@ def four_checkpoints(device: str = "cpu", quick: bool = False) -> dict[str, Any]
         generator = torch.Generator().manual_seed(0)
         results["random"] = read_twice(model, random_twice(len(tokenizer), 64, count, generator))
         print(f"{name}: {results['test']['bits_per_byte']:.4f} bits per byte on test", flush=True)
+        if name == "hybrid":
+            results["silenced"] = silence_each(model, tokenizer, text.corpus.test[:count])
         models[name], decoders[name] = results, lengthened(model, max(lengths) + 1)
     for name in CHECKPOINTS:
         for part in PARTS:
