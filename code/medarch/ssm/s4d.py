@@ -64,6 +64,7 @@ class S4DConfig:
 
 
 State = Complex[Tensor, "batch hidden half"]
+Discrete = tuple[Complex[Tensor, "hidden half"], Complex[Tensor, "hidden half"]]
 
 
 class S4D(nn.Module):
@@ -107,25 +108,37 @@ class S4D(nn.Module):
             ValueError: If the sequence is empty, or its width or the state's shape is not the layer's.
         """
         self._check(u, state)
-        time, C = u.shape[1], torch.view_as_complex(self.C)
-        exponents, drive = self.discrete()
-        spectrum = torch.fft.rfft(u, 2 * time, dim=1) * torch.fft.rfft(self.kernel(time), 2 * time, dim=-1).T
-        y = torch.fft.irfft(spectrum, 2 * time, dim=1)[:, :time] + self.D * u
-        if state is not None:
-            y = y + 2 * vandermonde_product(C * exponents.exp() * state, exponents, time).real.transpose(1, 2)
-        if not want_state:
+        time = u.shape[1]
+        spectrum = torch.fft.rfft(u.transpose(1, 2), 2 * time) * torch.fft.rfft(self.kernel(time), 2 * time)
+        y = torch.fft.irfft(spectrum, 2 * time)[..., :time].transpose(1, 2) + self.D * u
+        if state is None and not want_state:
             return y, None
-        last = drive * last_state(u, exponents)
-        return y, last if state is None else last + torch.exp(time * exponents) * state
+        exponents, drive = self.discrete()
+        last = drive * last_state(u, exponents) if want_state else None
+        if state is not None:
+            seen = torch.view_as_complex(self.C) * exponents.exp() * state
+            y = y + 2 * vandermonde_product(seen, exponents, time).transpose(1, 2)
+            last = None if last is None else last + torch.exp(time * exponents) * state
+        return y, last
 
-    def step(self, u: Float[Tensor, "batch hidden"], state: State) -> tuple[Float[Tensor, "batch hidden"], State]:
+    def step(
+        self, u: Float[Tensor, "batch hidden"], state: State, discrete: Discrete | None = None
+    ) -> tuple[Float[Tensor, "batch hidden"], State]:
         """One step of the recurrence: what using the layer on a stream costs, whatever went before.
+
+        Args:
+            u: One sample of each channel.
+            state: The state before it.
+            discrete: What ``self.discrete()`` gave, if the parameters have not changed since; it spares the call.
+
+        Returns:
+            The output and the state after the step.
 
         Raises:
             ValueError: If the input's width or the state's shape is not the layer's.
         """
         self._check(u[:, None], state)
-        exponents, drive = self.discrete()
+        exponents, drive = self.discrete() if discrete is None else discrete
         state = exponents.exp() * state + drive * u[..., None]
         return 2 * (torch.view_as_complex(self.C) * state).sum(-1).real + self.D * u, state
 
@@ -135,9 +148,9 @@ class S4D(nn.Module):
         """Step by step over a sequence: the specification of ``read``."""
         self._check(u, state)
         state = self.new_state(len(u)) if state is None else state
-        outputs = []
+        outputs, discrete = [], self.discrete()
         for sample in u.unbind(1):
-            y, state = self.step(sample, state)
+            y, state = self.step(sample, state, discrete)
             outputs.append(y)
         return torch.stack(outputs, dim=1), state
 
@@ -146,7 +159,7 @@ class S4D(nn.Module):
         half = torch.view_as_complex(self.C)
         return half.new_zeros(batch_size, *half.shape)
 
-    def discrete(self) -> tuple[Complex[Tensor, "hidden half"], Complex[Tensor, "hidden half"]]:
+    def discrete(self) -> Discrete:
         """Logarithm of the factor by which each number of the state changes in a step, and what an input of 1 adds."""
         A = torch.complex(-torch.exp(self.log_decay), self.frequency)
         step = torch.exp(self.log_step)[:, None]
@@ -164,7 +177,7 @@ class S4D(nn.Module):
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
         exponents, drive = self.discrete()
-        return 2 * vandermonde_product(torch.view_as_complex(self.C) * drive, exponents, length).real
+        return 2 * vandermonde_product(torch.view_as_complex(self.C) * drive, exponents, length)
 
     def _check(self, u: Tensor, state: Tensor | None) -> None:
         hidden, half = self.C.shape[:2]

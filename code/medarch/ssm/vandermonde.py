@@ -1,4 +1,9 @@
-"""Sums of powers: what a diagonal state space needs to become a convolution, and to skip to its last state."""
+"""Sums of powers: what a diagonal state space needs to become a convolution, and to skip to its last state.
+
+The matrix of powers, with those of one number in each row, is called Vandermonde's. The specification,
+``vandermonde_product_direct``, builds it whole. The fast forms use that with l = i block + j a power is a product of
+one that depends on i and one that depends on j alone, so that two matrices of about sqrt(length) columns will do.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +16,21 @@ from torch import Tensor
 
 def vandermonde_product_direct(
     coefficients: Complex[Tensor, "*batch states"], exponents: Complex[Tensor, "*#batch states"], length: int
-) -> Complex[Tensor, "*batch length"]:
-    """sum_n coefficients_n exp(exponents_n l) for l = 0, ..., length - 1: the specification.
-
-    The matrix of powers, with the powers of one number in each row, is called Vandermonde's. Here it is built whole.
-    """
+) -> Float[Tensor, "*batch length"]:
+    """The real part of sum_n coefficients_n exp(exponents_n l) for l = 0, ..., length - 1."""
     ages = torch.arange(length, device=exponents.device)
-    return (coefficients[..., None] * torch.exp(exponents[..., None] * ages)).sum(-2)
+    return (coefficients[..., None] * torch.exp(exponents[..., None] * ages)).sum(-2).real
 
 
 def vandermonde_product(
     coefficients: Complex[Tensor, "*batch states"], exponents: Complex[Tensor, "*#batch states"], length: int
-) -> Complex[Tensor, "*batch length"]:
-    """The same with two matrices of about sqrt(length) columns in place of one of ``length``.
-
-    With l = i block + j, the power is a product of one that depends on i and one that depends on j alone, so that the
-    sum over the states is a matrix product.
-    """
-    coarse, fine = _powers(exponents, length)
-    product = (coefficients[..., None] * coarse).transpose(-1, -2) @ fine
-    return product.flatten(-2)[..., :length]
+) -> Float[Tensor, "*batch length"]:
+    """The same as matrix products of real numbers, of which processors are fonder than of complex ones."""
+    (coarse_real, coarse_imag), (fine_real, fine_imag) = _powers(exponents, length)
+    real, imag = coefficients.real[..., None], coefficients.imag[..., None]
+    left_real = (real * coarse_real - imag * coarse_imag).transpose(-1, -2)
+    left_imag = (real * coarse_imag + imag * coarse_real).transpose(-1, -2)
+    return (left_real @ fine_real - left_imag @ fine_imag).flatten(-2)[..., :length]
 
 
 def last_state(
@@ -38,16 +38,33 @@ def last_state(
 ) -> Complex[Tensor, "batch hidden states"]:
     """sum_t exp(exponents (time - 1 - t)) u_t: what a recurrence has added up when the sequence ends."""
     batch, time, hidden = u.shape
-    coarse, fine = _powers(exponents, time)
-    blocks, block = coarse.shape[-1], fine.shape[-1]
+    (coarse_real, coarse_imag), (fine_real, fine_imag) = _powers(exponents, time)
+    blocks, block = coarse_real.shape[-1], fine_real.shape[-1]
     silent = u.new_zeros(batch, blocks * block - time, hidden)
-    ages = torch.cat([u.flip(1), silent], dim=1).reshape(batch, blocks, block, hidden).to(exponents.dtype)
-    return torch.einsum("bijh,hnj,hni->bhn", ages, fine, coarse)
+    by_age = torch.cat([u.flip(1), silent], dim=1).reshape(batch, blocks, block, hidden).permute(0, 3, 1, 2)
+    inner_real, inner_imag = (by_age @ fine.transpose(-1, -2) for fine in (fine_real, fine_imag))
+    coarse_real, coarse_imag = coarse_real.transpose(-1, -2), coarse_imag.transpose(-1, -2)
+    return torch.complex(
+        (inner_real * coarse_real - inner_imag * coarse_imag).sum(-2),
+        (inner_real * coarse_imag + inner_imag * coarse_real).sum(-2),
+    )
 
 
-def _powers(exponents: Tensor, length: int) -> tuple[Tensor, Tensor]:
+Parts = tuple[Tensor, Tensor]
+
+
+def _powers(exponents: Tensor, length: int) -> tuple[Parts, Parts]:
+    """exp(exponents block i) and exp(exponents j), as real and imaginary parts."""
     block = max(1, math.isqrt(length))
     blocks = -(-length // block)
-    steps = torch.arange(max(block, blocks), device=exponents.device)
-    coarse = torch.exp(exponents[..., None] * (block * steps[:blocks]))
-    return coarse, torch.exp(exponents[..., None] * steps[:block])
+    rate, angle = exponents.real.contiguous()[..., None], exponents.imag.contiguous()[..., None]
+    steps = torch.arange(max(block, blocks), device=rate.device, dtype=rate.dtype)
+    # A product of two such sizes is no smaller than the smallest normal number: below it processors are very slow,
+    # and beside the sum's other terms there is nothing left to see.
+    floor = 0.45 * math.log(torch.finfo(rate.dtype).tiny)
+
+    def power(steps: Tensor) -> Parts:
+        size = torch.exp((rate * steps).clamp(min=floor))
+        return size * torch.cos(angle * steps), size * torch.sin(angle * steps)
+
+    return power(block * steps[:blocks]), power(steps[:block])
