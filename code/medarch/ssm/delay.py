@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medarch.ssm.s4d import S4D, S4DConfig
 
 Kind = Literal["lin", "inv", "legs", "real", "gru"]
-BATCH, TIME = 8, 256
+BATCH, TIME = 8, 160
 
 
 def delay_batch(
@@ -79,7 +79,7 @@ class Trained(NamedTuple):
 
 
 def train_listener(
-    kind: Kind, lag: int, seed: int, steps: int = 400, learning_rate: float = 0.01, hidden_size: int = 16
+    kind: Kind, lag: int, seed: int, steps: int = 300, learning_rate: float = 0.01, hidden_size: int = 16
 ) -> Trained:
     """Trains a model to repeat what it heard ``lag`` steps ago.
 
