@@ -69,6 +69,6 @@ def test_a_quick_study_has_every_kind_and_number(tmp_path, monkeypatch) -> None:
     assert set(results["kinds"]) == {"lin", "real", "gru"}
     for kind, found in results["kinds"].items():
         assert len(found["lags"]["5"]["error"]["values"]) == results["repeats"] == 2
-        assert found["state_numbers"] == (128 if kind == "gru" else 16 * 64)
+        assert found["state_numbers"] == (64 if kind == "gru" else 16 * 64)
     with pytest.raises(ValueError, match="runs on the CPU alone"):
         delay_study(device="cuda")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medarch.ssm.s4d import S4D, S4DConfig
 
 Kind = Literal["lin", "inv", "legs", "real", "gru"]
-BATCH, TIME = 8, 160
+BATCH, TIME = 8, 128
 
 
 def delay_batch(
@@ -31,7 +31,7 @@ def delay_batch(
     if not 0 <= lag < time:
         raise ValueError(f"lag={lag} must be at least 0 and less than time={time}")
     noise = torch.randn(batch, time, 1, generator=generator)
-    return noise, noise[:, lag:]
+    return noise, noise[:, : time - lag]
 
 
 class Listener(nn.Module):
