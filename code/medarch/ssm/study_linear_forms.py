@@ -47,7 +47,7 @@ def linear_forms(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
 
 def _notebook(time: int, rounds: int, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    system = notebook_system(generator, radius=0.9)
+    system = notebook_system(generator, radius=0.99)
     A, B, C, D = (matrix.to(device).requires_grad_() for matrix in matrices(system))
     system = LinearStateSpace(A, B, C, D, step=1.0)
     u = torch.randn(1, time, CHANNELS, generator=generator).to(device)
