@@ -19,13 +19,12 @@ def test_a_quick_run_gives_every_quantity(device: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(study_decoding, "peak_memory", lambda call, **_: call().numel())
     results = study_decoding.decoding(device, quick=True)
     json.dumps(results)
-    kinds = {"launched"} if device == "cpu" else {"launched", "replayed"}
     assert results["contexts"].keys() == {"8", "16"}
     for context, each in results["contexts"].items():
         assert each["memory"]["transformer"]["cache"] == 2 * int(context) * 16 * (4 if device == "cpu" else 2)
         assert each["memory"]["mamba"]["cache"] == results["sizes"]["mamba"]["bytes_of_state"] > 0
         for batch in ("1", "2"):
-            assert each["next_token"][batch].keys() == kinds
+            assert each["next_token"][batch]["launched"]["variants"].keys() == {"mamba", "transformer"}
     assert results["sizes"]["grouped"]["bytes_per_token"] * 2 == results["sizes"]["transformer"]["bytes_per_token"]
     assert results["sizes"]["mamba"]["bytes_per_token"] == 0
     assert results["transformers"].keys() == {"context", "mamba", "transformer"}
@@ -59,15 +58,6 @@ def test_the_step_that_is_timed_attends_to_the_whole_context() -> None:
         assert call().shape == (3,)
         assert call().shape == (3,)
     assert seen == {"mamba": [[12, 12]] * 2, "transformer": [[12]] * 2}
-
-
-def test_tokens_are_checked_again_after_a_recording() -> None:
-    model = study_decoding.build_models(study_decoding.scale("cpu", quick=True), "cpu")["transformer"]
-    wrong = torch.tensor([[1000]])
-    with study_decoding.unchecked(model), pytest.raises(IndexError):
-        model(wrong)
-    with pytest.raises(ValueError, match="vocabulary"):
-        model(wrong)
 
 
 def test_lines_cross_on_a_straight_line_between_logarithms() -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from medarch.bench.records import load, record_path
 from medarch.ssm import study_speed
 
 
@@ -35,3 +36,20 @@ def test_a_variant_that_disagrees_is_not_timed(quantity: str) -> None:
     variants = {"loop": variants["loop"], "wrong": wrong}
     with pytest.raises(ValueError, match=f"wrong disagrees with the loop in {quantity}"):
         study_speed.check_agreement(variants, inputs, "cpu")
+
+
+@pytest.mark.parametrize("length", ["2048", "4096", "8192"])
+def test_the_committed_record_meets_the_goals(length: str) -> None:
+    results = load(record_path("ssm/scan-speed")).results
+    assert results["sizes"] == {"batch": 2, "channels": 256, "states": 16}
+    modes = results["lengths"][length]
+    for mode, most in (("forward", 0.45), ("forward_backward", 0.40)):
+        assert modes[mode]["variants"]["chunked"]["ratio"]["median"] <= most
+    assert modes["forward_backward"]["peak_bytes"]["chunked"] <= 250 * 2**20
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+def test_the_time_grows_in_proportion_to_the_length(mode: str) -> None:
+    lengths = load(record_path("ssm/scan-speed")).results["lengths"]
+    seconds = {length: lengths[length][mode]["variants"]["chunked"]["seconds"]["median"] for length in ("2048", "8192")}
+    assert seconds["8192"] / seconds["2048"] <= 4.6

@@ -26,12 +26,12 @@ def differences(device: str) -> dict[str, dict[str, float]]:
     return json.loads(result.stdout)
 
 
-def check(found: dict[str, dict[str, float]], cases: int) -> None:
+def check(found: dict[str, dict[str, float]], cases: int, most: float = 1e-5) -> None:
     assert len(found) == cases
     for case, parts in found.items():
         assert len(parts) == (11 if case in ("everything", "one step") else 7)
         for quantity, difference in parts.items():
-            assert difference < 1e-5, f"{case}: {quantity} differs by {difference}"
+            assert difference < most, f"{case}: {quantity} differs by {difference}"
 
 
 @needs_triton
@@ -42,7 +42,8 @@ def test_interpreted_kernels_equal_the_loop():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @needs_triton
 def test_kernels_on_a_gpu_equal_the_loop():
-    check(differences("cuda"), cases=2)
+    # Over a thousand steps float32 sums of another order differ more: by 1.1e-5 in the gradient of A, on an H200.
+    check(differences("cuda"), cases=2, most=3e-5)
 
 
 @needs_triton

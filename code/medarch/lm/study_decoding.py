@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -110,10 +109,10 @@ def decoding(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         quick: Whether to run tiny sizes, to see that everything works.
 
     Returns:
-        By context: the comparison of the time to the first token (the prompt is read) and of a further token, as
-        Python launches it and, on a GPU, recorded once and replayed without Python; bytes of weights, of what is kept,
-        and at the worst moment of reading. Besides: where the lines cross, what a first call takes, the speed of
-        memory, how the time to the first token grows with a doubled context, and the implementations of transformers.
+        By context: the comparison of the time to the first token (the prompt is read) and of a further token; bytes of
+        weights, of what is kept, and at the worst moment of reading. Besides: where the lines cross, what a first call
+        takes, the speed of memory, by what a doubled context multiplies the time to the first token, and the models of
+        transformers.
     """
     chosen = scale(device, quick)
     models = build_models(chosen, device)
@@ -122,6 +121,7 @@ def decoding(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         "repeats": chosen.rounds,
         "copied_bytes_per_second": copy_speed(device, 2**20 if quick else 2**28),
         "first_calls": {name: first_calls(model, min(chosen.contexts)) for name, model in models.items()},
+        "transformers": transformers_models(chosen, device),
         "contexts": {},
     }
     for context in chosen.contexts:
@@ -135,7 +135,6 @@ def decoding(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         }
     results["crossing"] = crossings(results["contexts"])
     results["first_token_doubling"] = {name: doubling(results["contexts"], name) for name in models}
-    results["transformers"] = transformers_models(chosen, device)
     return results
 
 
@@ -195,16 +194,9 @@ def memory(model: Decoder, context: int, device: str) -> dict[str, int]:
 
 
 def next_tokens(models: dict[str, Decoder], chosen: Scale, context: int, batch: int, device: str) -> dict[str, Any]:
-    """Times of one further token at a context, for several texts side by side."""
+    """Times of one further token at a context, for several texts side by side, each operation launched by Python."""
     calls = {name: next_token(model, context, batch) for name, model in models.items()}
-    results = {"launched": compared(calls, chosen, device)}
-    if device == "cuda":
-        replays = {}
-        for name, model in models.items():
-            with unchecked(model):
-                replays[name] = replay(calls[name])
-        results["replayed"] = compared(replays, chosen, device)
-    return results
+    return {"launched": compared(calls, chosen, device)}
 
 
 def next_token(model: Decoder, context: int, batch: int) -> Callable[[], Tensor]:
@@ -223,33 +215,6 @@ def next_token(model: Decoder, context: int, batch: int) -> Callable[[], Tensor]
         return model(ids, cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
 
     return call
-
-
-@contextmanager
-def unchecked(model: Decoder) -> Iterator[None]:
-    """Lets a model take its tokens unseen: to look at them would wait for the GPU, which a recording cannot hold."""
-    model._check = lambda *_: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model._check
-
-
-def replay(call: Callable[[], Tensor]) -> Callable[[], None]:
-    """Records what a call launches on the GPU; the result launches all of it at once, without Python.
-
-    Each replay begins from the state that was recorded, which changes nothing in what it costs.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def copy_speed(device: str, size: int) -> float:

@@ -21,8 +21,8 @@ BATCH, CHANNELS, STATES = 2, 256, 16
 # Longest sequence that a variant takes part with, forward and with backward: beyond it, it needs seconds or gigabytes.
 LIMITS = {
     "loop": {"forward": 1024, "forward_backward": 1024},
-    "associative": {"forward": 2048, "forward_backward": 2048},
-    "transformers": {"forward": 8192, "forward_backward": 512},
+    "associative": {"forward": 1024, "forward_backward": 1024},
+    "transformers": {"forward": 2048, "forward_backward": 256},
 }
 
 
@@ -45,8 +45,8 @@ def scan_speed(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: If two variants disagree (what is wrong is not timed), or a package is missing.
     """
-    lengths = (32, 64) if quick else (512, 1024, 2048, 4096, 8192)
-    rounds, channels = (3, 5) if quick else (9, CHANNELS)
+    lengths = (32, 64) if quick else (256, 512, 1024, 2048, 4096, 8192)
+    rounds, channels = (3, 5) if quick else (7, CHANNELS)
     variants = build_variants(device)
     check_agreement(variants, make_inputs(61, device, 7), device)
     results: dict[str, Any] = {
@@ -64,7 +64,10 @@ def scan_speed(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
                 if length <= LIMITS.get(name, {}).get(mode, length) and (mode == "forward" or name not in FLOORS)
             }
             timed = compare(calls, baseline=BASELINE, rounds=rounds, threads=1, device=device).to_dict()
-            memory = {name: peak_memory(call, device=device) for name, call in calls.items()}
+            # Transformers' backward pass makes a gradient of full size for each step. As the profiler takes memory in
+            # between, the allocator does not find the same room twice, and 512 steps occupy 17 GB.
+            told = [name for name in calls if (name, mode) != ("transformers", "forward_backward")]
+            memory = {name: peak_memory(calls[name], device=device) for name in told}
             results["lengths"][str(length)][mode] = timed | {"peak_bytes": memory}
     ours = {name: scan for name, scan in variants.items() if name in ("chunked", "triton")}
     return results | {"growth": growth(ours, lengths, channels, rounds, device)}
