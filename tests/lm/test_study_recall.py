@@ -19,7 +19,7 @@ def test_every_task_and_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(study_recall, "RATES", (1e-3,))
     results = study_recall.recall_tasks(quick=True)
     assert list(results["tasks"]) == ["selective copying", "recall"]
-    assert list(results["tasks"]["recall"]) == ["gru", "mamba"]
+    assert list(results["tasks"]["recall"]) == ["gru", "mamba", "mamba2"]
     assert list(results["ablation"]) == ["mamba", "fixed-step"]
     assert list(results["states"]) == ["4"]
     entry = results["tasks"]["recall"]["mamba"]["0.001"]
