@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medarch.ssm.ssd import CHUNK_SIZE, each_head, ssd, ssd_chunked, ssd_matrix, ssd_recurrent, step_sizes
-from medarch.ssm.ssd_chunks import segment_sum
+from medarch.ssm.ssd import CHUNK_SIZE, each_head, segment_sum, ssd, ssd_chunked, ssd_matrix, ssd_recurrent, step_sizes
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 

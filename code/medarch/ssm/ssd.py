@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from medarch.ssm.ssd_chunks import ChunkedSSD, segment_sum
+from medarch.ssm.ssd_chunks import ChunkedSSD
 
 Method = Literal["recurrent", "quadratic", "chunked"]
 CHUNK_SIZE = 32
@@ -71,8 +71,8 @@ def ssd(
         The output, of the shape and type of ``x``; with ``return_final_states`` the output and the state.
 
     Raises:
-        ValueError: If a shape, type or device clashes, the sequence is empty, or a value is out of range; the message
-            names both sides.
+        ValueError: If a shape, type or device clashes, the sequence is empty, or a value is out of range (A is looked
+            at on a CPU alone); the message names both sides.
     """
     check_ssd(x, dt, A, B, C, D, z, dt_bias, initial_states)
     if not (isinstance(chunk_size, int) and chunk_size >= 1):
@@ -142,6 +142,18 @@ def ssd_recurrent(
         states = decay[..., None, None] * states + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None, :]
         outputs.append((states * C_t[:, :, None, :]).sum(-1))
     return torch.stack(outputs, dim=1), states
+
+
+def segment_sum(log_decay: Float[Tensor, "*batch time"]) -> Float[Tensor, "*batch time time"]:
+    """Entry (t, s) is the sum of the values after s up to t; above the diagonal stands minus infinity.
+
+    It is a difference of two running sums, taken in float64: where a strong decay has made both large, a weak one after
+    it would be lost in their rounding. What lies above the diagonal would be positive; it is struck out before anybody
+    takes its exponential.
+    """
+    sums = log_decay.double().cumsum(-1)
+    later = torch.ones(sums.shape[-1:] * 2, dtype=torch.bool, device=sums.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).to(log_decay.dtype).masked_fill(later, -math.inf)
 
 
 def ssd_matrix(
@@ -263,5 +275,6 @@ def check_ssd(
         same = tensor.dtype == x.dtype or free
         if not (x.is_floating_point() and same):
             raise ValueError(f"{name} is {tensor.dtype} but x is {x.dtype}: convert one of them with .to(...)")
-    if A.device.type != "meta" and not (A < 0).all():
+    # On a GPU the look would wait for all work before it.
+    if A.device.type == "cpu" and not (A < 0).all():
         raise ValueError(f"A must be negative, or the state would not fade; its largest value is {float(A.max())}")

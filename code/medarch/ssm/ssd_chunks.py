@@ -5,32 +5,18 @@ whole states, one step a chunk (Dao & Gu 2024, arXiv:2405.21060, section 6). The
 keeps the state at each chunk's beginning and computes the matrices anew, since they are larger than what they are
 made from.
 
-Heads are split here into ``groups`` that share B and C and ``members`` of each group, so that the scores C B^T are
-computed once a group.
+Heads are split here into ``groups`` that share B and C and ``members`` of each group, so that the scores are computed
+once a group. Matrices within a chunk stand with the earlier step, from which something comes, before the later one.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-def segment_sum(log_decay: Float[Tensor, "*batch time"]) -> Float[Tensor, "*batch time time"]:
-    """Entry (t, s) is the sum of the values after s up to t; above the diagonal stands minus infinity.
-
-    It is a difference of two running sums. They are taken in float64: where a strong decay has made both large, a
-    weak one after it would be lost in their rounding. What lies above the diagonal would be positive; it is struck out
-    before anybody takes its exponential.
-    """
-    sums = log_decay.double().cumsum(-1)
-    result = torch.sub(sums[..., :, None], sums[..., None, :]).to(log_decay.dtype)
-    # Adding is faster than filling by a mask.
-    return result + torch.full(result.shape[-2:], -math.inf, dtype=result.dtype, device=result.device).triu(1)
 
 
 class Chunks(NamedTuple):
@@ -40,19 +26,19 @@ class Chunks(NamedTuple):
         inputs: dt x.
         B: As given, shared by a group's members.
         C: Likewise.
-        scores: C B^T, likewise.
-        decay: How much of step s is left at step t of the same chunk; zero above the diagonal.
+        scores: B_s . C_t, zero where t comes before s.
+        decay: How much of step s is left at step t. Where t comes before s stand ones, which the scores strike out.
         since_start: How much of the state before the chunk is left at each step.
         until_end: How much of each step is left at the chunk's end.
     """
 
-    inputs: Float[Tensor, "batch chunks groups members step head"]
-    B: Float[Tensor, "batch chunks groups 1 step states"]
-    C: Float[Tensor, "batch chunks groups 1 step states"]
-    scores: Float[Tensor, "batch chunks groups 1 step step"]
-    decay: Float[Tensor, "batch chunks groups members step step"]
-    since_start: Float[Tensor, "batch chunks groups members step 1"]
-    until_end: Float[Tensor, "batch chunks groups members step 1"]
+    inputs: Float[Tensor, "chunks batch groups members step head"]
+    B: Float[Tensor, "chunks batch groups 1 step states"]
+    C: Float[Tensor, "chunks batch groups 1 step states"]
+    scores: Float[Tensor, "chunks batch groups 1 earlier later"]
+    decay: Float[Tensor, "chunks batch groups members earlier later"]
+    since_start: Float[Tensor, "chunks batch groups members step 1"]
+    until_end: Float[Tensor, "chunks batch groups members step 1"]
 
 
 def cut(
@@ -63,20 +49,25 @@ def cut(
     C: Float[Tensor, "batch time groups states"],
     size: int,
 ) -> Chunks:
-    """Cuts a sequence whose length is a multiple of ``size`` into chunks."""
+    """Cuts a sequence whose length is a multiple of ``size`` into chunks.
+
+    The exponent of ``decay`` is the sum of the logarithms after step s up to step t. As a difference of two running
+    sums it would lose its digits where a strong decay has made both large, and as a quotient of two exponentials it
+    would overflow; as a product with a triangle of ones it does neither.
+    """
     groups = B.shape[2]
-    inputs = product(by_chunk(x, size, groups), by_chunk(dt[..., None], size, groups))
-    log_decay = by_chunk((dt * A)[..., None], size, groups).squeeze(-1)
-    sums = log_decay.double().cumsum(-1)
-    B, C = (each.unflatten(1, (-1, size)).transpose(2, 3).unsqueeze(3).contiguous() for each in (B, C))
+    log_decay = by_chunk((dt * A)[..., None], size, groups)
+    ones = x.new_ones(size, size)
+    decay = (product(log_decay.mT, ones.triu(1)) @ ones.triu()).exp_()
+    B, C = (by_chunk(each, size, groups).contiguous() for each in (B, C))
     return Chunks(
-        inputs,
+        product(by_chunk(x, size, groups), by_chunk(dt[..., None], size, groups)),
         B,
         C,
-        matmul(C, B.mT),
-        segment_sum(log_decay).exp_(),
-        sums.to(x.dtype).exp()[..., None],
-        (sums[..., -1:] - sums).to(x.dtype).exp_()[..., None],
+        matmul(B, C.mT).triu_(),
+        decay,
+        log_decay.cumsum(-2).exp_(),
+        decay[..., -1:],
     )
 
 
@@ -93,7 +84,7 @@ class ChunkedSSD(torch.autograd.Function):
         added = matmul(chunks.inputs.mT, chunks.B * chunks.until_end)
         before, states = pass_states(added, chunks.since_start[..., -1:, :], states)
         y = matmul(chunks.C * chunks.since_start, before.mT)
-        y = add_matmul(y, chunks.decay.mul_(chunks.scores), chunks.inputs)
+        y = add_matmul(y, chunks.decay.mul_(chunks.scores).mT, chunks.inputs)
         ctx.save_for_backward(x, dt, A, B, C, before)
         ctx.size = size
         return by_time(y), states
@@ -103,14 +94,12 @@ class ChunkedSSD(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dstates: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of all inputs; a leading d stands for the gradient of what follows it."""
         x, dt, A, B, C, before = ctx.saved_tensors
-        groups = B.shape[2]
         chunks = cut(x, dt, A, B, C, ctx.size)
-        dy = by_chunk(dy, ctx.size, groups).contiguous()
+        dy = by_chunk(dy, ctx.size, B.shape[2]).contiguous()
         whole = chunks.since_start[..., -1:, :]
-        # The recurrence between chunks, run backwards.
+        # The recurrence between chunks, run from the end.
         read = matmul(dy.mT, chunks.C * chunks.since_start)
-        dadded, dfirst = pass_states(read.flip(1), whole.flip(1), dstates)
-        dadded = dadded.flip(1)
+        dadded, dfirst = pass_states(read, whole, dstates, reverse=True)
 
         # Through the states: reading them, and adding to them.
         dC = matmul(dy, before).mul_(chunks.since_start)
@@ -119,59 +108,61 @@ class ChunkedSSD(torch.autograd.Function):
         # Decay r of a chunk stands between all that is read at r or later and all that was there before: the state
         # that came in, and the steps before r.
         dlog_decay = (dC * chunks.C).sum(-1).flip(-1).cumsum(-1).flip(-1)
-        dlog_decay += (dadded * before).sum((-2, -1), keepdim=True).squeeze(-1) * whole.squeeze(-1)
+        dlog_decay += (dadded * before).sum((-2, -1))[..., None] * whole.squeeze(-1)
         dlog_decay[..., 1:] += (dB * chunks.B).sum(-1).cumsum(-1)[..., :-1]
 
         # Through the matrix within the chunk.
-        dscores = matmul(dy, chunks.inputs.mT).mul_(chunks.decay)
-        dinputs = add_matmul(dinputs, chunks.decay.mul_(chunks.scores).mT, dy)
-        dB, dC = dB.sum(3, keepdim=True), dC.sum(3, keepdim=True)
-        of_group = dscores.sum(3, keepdim=True)
-        dB, dC = add_matmul(dB, of_group.mT, chunks.C), add_matmul(dC, of_group, chunks.B)
-        # What goes from step s to step t passes the decays after s up to t. Summed by a product with ones: as a
-        # difference of running sums it would lose its digits under a strong decay.
-        through = dscores.mul_(chunks.scores)
-        after = torch.ones_like(through[0, 0, 0, 0]).triu(1)
-        dlog_decay += (through @ after).tril_().sum(-2)
+        dscores = matmul(chunks.inputs, dy.mT).mul_(chunks.decay)
+        dinputs = add_matmul(dinputs, chunks.decay.mul_(chunks.scores), dy)
+        of_group = dscores.sum(3, keepdim=True).triu_()
+        dB = add_matmul(dB.sum(3, keepdim=True), of_group, chunks.C)
+        dC = add_matmul(dC.sum(3, keepdim=True), of_group.mT, chunks.B)
+        # What goes from step s to step t passes the decays after s up to t; these are summed as in the exponent.
+        passing = dscores.mul_(chunks.scores) @ torch.ones_like(dscores[0, 0, 0, 0]).tril()
+        dlog_decay += passing.triu_(1).sum(-2)
 
         dlog_decay = by_time(dlog_decay[..., None]).squeeze(-1)
         dinputs = by_time(dinputs)
         ddt = (dinputs * x).sum(-1).addcmul_(dlog_decay, A)
         dA = (dlog_decay * dt).sum((0, 1))
-        dB, dC = (each.squeeze(3).transpose(2, 3).flatten(1, 2) for each in (dB, dC))
-        return dinputs.mul_(dt[..., None]), ddt, dA, dB, dC, dfirst, None
+        return dinputs.mul_(dt[..., None]), ddt, dA, by_time(dB), by_time(dC), dfirst, None
 
 
 def pass_states(
-    added: Float[Tensor, "batch chunks groups members head states"],
-    decay: Float[Tensor, "batch chunks groups members 1 1"],
+    added: Float[Tensor, "chunks batch groups members head states"],
+    decay: Float[Tensor, "chunks batch groups members 1 1"],
     states: Float[Tensor, "batch heads head states"],
-) -> tuple[Float[Tensor, "batch chunks groups members head states"], Float[Tensor, "batch heads head states"]]:
-    """Runs the recurrence from chunk to chunk.
+    reverse: bool = False,
+) -> tuple[Float[Tensor, "chunks batch groups members head states"], Float[Tensor, "batch heads head states"]]:
+    """Runs the recurrence from chunk to chunk, or from the last chunk to the first.
 
     Returns:
-        The state before each chunk, and the state after the last.
+        The state that each chunk meets, and the state that is left at the end.
     """
-    before = torch.empty_like(added)
-    current = states.reshape(added[:, 0].shape)
-    for slot, new, left in zip(before.unbind(1), added.unbind(1), decay.unbind(1), strict=True):
-        slot.copy_(current)
-        current = torch.addcmul(new, current, left)
-    return before, current.view(states.shape)
+    met = added.new_empty(len(added) + 1, *added.shape[1:])
+    slots, steps = list(met), list(zip(added, decay, strict=True))
+    if reverse:
+        slots.reverse()
+        steps.reverse()
+    slots[0].copy_(states.reshape(slots[0].shape))
+    for index, (new, left) in enumerate(steps):
+        torch.addcmul(new, slots[index], left, out=slots[index + 1])
+    # A view would keep all the others alive.
+    return met[1:] if reverse else met[:-1], slots[-1].clone().view(states.shape)
 
 
 def by_chunk(
     tensor: Float[Tensor, "batch time heads width"], size: int, groups: int
-) -> Float[Tensor, "batch chunks groups members step width"]:
+) -> Float[Tensor, "chunks batch groups members step width"]:
     """A view of the sequence by chunk and head."""
-    return tensor.unflatten(2, (groups, -1)).unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2, 5)
+    return tensor.unflatten(2, (groups, -1)).unflatten(1, (-1, size)).permute(1, 0, 3, 4, 2, 5)
 
 
 def by_time(
-    tensor: Float[Tensor, "batch chunks groups members step width"],
+    tensor: Float[Tensor, "chunks batch groups members step width"],
 ) -> Float[Tensor, "batch time heads width"]:
     """The inverse of ``by_chunk``, as a new tensor."""
-    return tensor.permute(0, 1, 4, 2, 3, 5).contiguous().flatten(3, 4).flatten(1, 2)
+    return tensor.permute(1, 0, 4, 2, 3, 5).contiguous().flatten(3, 4).flatten(1, 2)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
