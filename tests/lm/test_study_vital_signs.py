@@ -34,7 +34,7 @@ def test_planted_gaps_are_of_the_same_days() -> None:
     seen = np.isfinite(task.cohort.readings)
     np.testing.assert_array_equal(same.readings[seen], task.cohort.readings[seen])
     assert first.sum() == 2 * len(range(24, 288, 24))
-    assert set(gapped.elapsed.numpy()[after].tolist()) == {13}
+    assert set(gapped.silence.numpy()[after].tolist()) == {13}
     assert planted_gaps(same, 12)[1].tolist() == list(range(36, 288, 36))
     assert len(readings.samples) == 2
 

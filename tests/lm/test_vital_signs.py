@@ -35,24 +35,28 @@ def by_hand() -> Cohort:
     readings[1, [0, 1, 4, 5, 7]] = GONE
     entered, insulin = np.zeros((2, 10)), np.zeros((2, 10))
     entered[1, [1, 4, 6, 9]] = [10, 20, 30, 40]
-    insulin[1, [5, 9]] = [1, 2]
+    insulin[1, [4, 9]] = [1, 2]
     return Cohort(np.zeros((2, 10)), readings, entered, entered, insulin)
 
 
 def test_a_sequence_by_hand() -> None:
     found = as_readings(by_hand(), range(2))
-    assert found.row.tolist() == [list(range(10)), [2, 3, 6, 8, 9, -1, -1, -1, -1, -1]]
-    assert found.elapsed[1].tolist() == [1, 1, 3, 2, 1, 1, 1, 1, 1, 1]
+    # Of the entries while nothing is heard, that before the first reading is left out.
+    assert found.row.tolist() == [list(range(10)), [2, 3, 4, 6, 8, 9, -1, -1, -1, -1]]
+    assert found.elapsed[1].tolist() == [1, 1, 1, 2, 2, 1, 1, 1, 1, 1]
+    assert found.silence[1].tolist() == [1, 1, 0, 3, 2, 1, 0, 0, 0, 0]
     # Half an hour after row 2 is row 8, after row 3 row 9; further on there is nothing to compare with.
     assert found.change[1, :2].tolist() == [6, 6]
     assert bool(found.change[1, 2:].isnan().all())
     assert found.change[0, :4].tolist() == [6] * 4
-    column = {name: found.samples[1, :5, index] for index, name in enumerate(FEATURES)}
-    torch.testing.assert_close(column["reading"] * 4 + 8, torch.tensor([12.0, 13, 16, 18, 19]))
-    torch.testing.assert_close(column["carbohydrates"] * 50, torch.tensor([0.0, 0, 50, 0, 40]))
-    torch.testing.assert_close(column["insulin"] * 3, torch.tensor([0.0, 0, 1, 0, 2]))
-    torch.testing.assert_close(column["log of elapsed time"].exp(), torch.tensor([1.0, 1, 3, 2, 1]))
-    assert float(found.samples[1, 5:].abs().max()) == 0
+    column = {name: found.samples[1, :6, index] for index, name in enumerate(FEATURES)}
+    torch.testing.assert_close(column["reading"] * 4 + 8, torch.tensor([12.0, 13, 13, 16, 18, 19]))
+    assert column["heard"].tolist() == [1, 1, 0, 1, 1, 1]
+    torch.testing.assert_close(column["carbohydrates"] * 50, torch.tensor([0.0, 0, 20, 30, 0, 40]))
+    torch.testing.assert_close(column["insulin"] * 3, torch.tensor([0.0, 0, 1, 0, 0, 2]))
+    torch.testing.assert_close(column["log of elapsed time"].exp(), torch.tensor([1.0, 1, 1, 2, 2, 1]))
+    torch.testing.assert_close(column["log of silence"].exp(), torch.tensor([1.0, 1, 1, 3, 2, 1]))
+    assert float(found.samples[1, 6:].abs().max()) == 0
 
 
 def test_whoever_is_trained_on_is_not_tested_on() -> None:
@@ -77,8 +81,8 @@ def test_gaps_of_one_length() -> None:
     assert first.tolist() == list(range(31, 288, 31))
     found = as_readings(cut, range(1))
     after = torch.isin(found.row[0], torch.as_tensor(first))
-    assert set(found.elapsed[0][after].tolist()) == {8}
-    assert set(found.elapsed[0][~after].tolist()) == {1}
+    assert set(found.silence[0][after].tolist()) == {8}
+    assert set(found.silence[0][~after].tolist()) <= {0, 1}
     # The same seed without gaps has the readings that gaps leave standing.
     own = draw_cohort(CohortConfig(subjects=1, days=1), 2)
     seen = np.isfinite(own.readings)
@@ -96,6 +100,7 @@ def test_the_table_holds_what_the_sequence_tells() -> None:
     assert table[2, 13] == 60
     assert table[4, 13:17].tolist() == [90, 100, 100, 100]
     assert table[4, 17] == 3
+    torch.testing.assert_close(torch.tensor(table[:, 21]).exp(), torch.tensor([1.0, 1, 3, 2, 1]).double())
     filled = carried_forward(table)
     assert filled[2, :7].tolist() == [16, 13, 13, 13, 12, 12, 12]
     np.testing.assert_array_equal(filled[:, 13:], table[:, 13:])
@@ -103,8 +108,9 @@ def test_the_table_holds_what_the_sequence_tells() -> None:
 
 def test_errors_are_counted_where_there_is_something_to_compare_with() -> None:
     readings = Readings(
-        torch.zeros(2, 3, 6),
-        torch.tensor([[1.0, 4, 9], [1, 1, 1]]),
+        torch.zeros(2, 3, 8),
+        torch.ones(2, 3),
+        torch.tensor([[1.0, 4, 9], [1, 1, 0]]),
         torch.tensor([[1.0, 2, 3], [4, GONE, GONE]]),
         torch.tensor([[0, 4, 13], [0, 1, -1]]),
     )

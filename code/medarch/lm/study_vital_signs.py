@@ -160,7 +160,7 @@ def _measured(forecast: Callable[[Any, Readings, range], np.ndarray], task: Task
     for cohort, readings, first in gapped:
         found = squared_errors(forecast(cohort, readings, people), readings)
         planted.append(np.sqrt(np.nanmean(np.where(first, found, np.nan), axis=1)).tolist())
-    shown = forecast(task.cohort, task.test, people)[0][task.test.row[0].numpy() >= 0]
+    shown = forecast(task.cohort, task.test, people)[0][task.test.silence[0].numpy() > 0]
     return summarise(errors["test"], task.test) | {
         "validation": float(np.sqrt(np.nanmean(errors["validation"]))),
         "planted_by_person": planted,
@@ -197,13 +197,13 @@ def _tabular(
 ) -> dict[str, Any]:
     start = time.process_time()
     table = prepare(table_of_lags(task.cohort, task.train, task.people["train"]))
-    target = task.train.change[task.train.row >= 0].numpy()
+    target = task.train.change[task.train.silence > 0].numpy()
     model = fit(table[np.isfinite(target)], target[np.isfinite(target)])
     seconds = time.process_time() - start
 
     def forecast(cohort: Any, readings: Readings, people: range) -> np.ndarray:
         filled = np.full(readings.row.shape, np.nan)
-        filled[readings.row.numpy() >= 0] = model.predict(prepare(table_of_lags(cohort, readings, people)))
+        filled[readings.silence.numpy() > 0] = model.predict(prepare(table_of_lags(cohort, readings, people)))
         return filled
 
     return _measured(forecast, task, gapped) | {"seconds": seconds}
@@ -265,8 +265,7 @@ def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _example(task: Task, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The first test person's readings, and the forecasts for half an hour after each."""
-    row = task.test.row[0].numpy()
-    row = row[row >= 0]
+    row = task.test.row[0][task.test.silence[0] > 0].numpy()
     reading = task.cohort.readings[task.people["test"][0]][row]
     return {
         "minutes": (5 * row).tolist(),

@@ -2,7 +2,8 @@
 
 At every reading of the sensor, its value half an hour later is to be foretold, from the readings so far, the
 carbohydrates entered and the insulin given. Nobody who is trained on is tested on. A sequence has one row for each
-reading that there is: where the sensor is silent no row is made up, and the next one says how much time has passed.
+reading, and one for each entry that was made while the sensor was silent. Where nothing happens no row is made up, and
+the next one says how much time has passed.
 """
 
 from __future__ import annotations
@@ -14,13 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from medarch.data.glucose_cohort import DAY, STEP, Cohort, CohortConfig, draw_cohort
 from medarch.lm.signal_model import SignalConfig, SignalModel
 
-FEATURES = ("reading", "log of elapsed time", "carbohydrates", "insulin", "sine of the hour", "cosine of the hour")
+FEATURES = (
+    "reading",  # the last one, where there is none
+    "heard",  # 1 where there is one
+    "log of elapsed time",
+    "log of silence",
+    "carbohydrates",
+    "insulin",
+    "sine of the hour",
+    "cosine of the hour",
+)
 HORIZON = 6  # steps of five minutes
 SCALE = 2.0  # mmol/L in one unit of a model's output
 MEAN, SPREAD = 8.0, 4.0  # about those of the readings, mmol/L
@@ -28,20 +38,22 @@ MEAN, SPREAD = 8.0, 4.0  # about those of the readings, mmol/L
 
 @dataclass(frozen=True)
 class Readings:
-    """The readings of several people as sequences, padded at the end to the longest.
+    """The readings and entries of several people as sequences, padded at the end to the longest.
 
     Attributes:
-        samples: ``FEATURES`` of each reading; carbohydrates and insulin since the reading before.
-        elapsed: time since the reading before, in steps of five minutes; 1 at the first.
-        change: what is to be foretold, the reading half an hour later less this one, mmol/L; not a number where the
-            sensor was silent then, and in the padding.
-        row: place of each reading on the five-minute grid; -1 in the padding.
+        samples: ``FEATURES`` of each row.
+        elapsed: time since the row before, in steps of five minutes; 1 at the first.
+        silence: time since the reading before, at each row with a reading, likewise; 0 at rows without one.
+        change: what is to be foretold, the reading half an hour later less this one, mmol/L; not a number at rows
+            without a reading, where the sensor was silent half an hour later, and in the padding.
+        row: place of each row on the five-minute grid; -1 in the padding.
     """
 
-    samples: Float[Tensor, "people readings features"]
-    elapsed: Float[Tensor, "people readings"]
-    change: Float[Tensor, "people readings"]
-    row: Tensor
+    samples: Float[Tensor, "people rows features"]
+    elapsed: Float[Tensor, "people rows"]
+    silence: Float[Tensor, "people rows"]
+    change: Float[Tensor, "people rows"]
+    row: Int[Tensor, "people rows"]
 
 
 def as_readings(cohort: Cohort, people: Sequence[int]) -> Readings:
@@ -56,35 +68,41 @@ def as_readings(cohort: Cohort, people: Sequence[int]) -> Readings:
 
     def padded(position: int, fill: float) -> Tensor:
         parts = [sequence[position] for sequence in sequences]
-        shape = (len(parts), longest, *parts[0].shape[1:])
-        joined = torch.full(shape, fill, dtype=torch.float64)
+        joined = torch.full((len(parts), longest, *parts[0].shape[1:]), fill, dtype=torch.float64)
         for index, part in enumerate(parts):
             joined[index, : len(part)] = torch.as_tensor(part, dtype=torch.float64)
         return joined
 
-    return Readings(padded(0, 0).float(), padded(1, 1).float(), padded(2, math.nan).float(), padded(3, -1).long())
+    samples, elapsed, silence, change, row = (
+        padded(position, fill) for position, fill in enumerate((0, 1, 0, math.nan, -1))
+    )
+    return Readings(samples.float(), elapsed.float(), silence.float(), change.float(), row.long())
 
 
-def _one(cohort: Cohort, person: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    reading = cohort.readings[person]
-    row = np.flatnonzero(np.isfinite(reading))
-    before = np.concatenate([[row[0] - 1], row[:-1]])
+def _one(cohort: Cohort, person: int) -> tuple[np.ndarray, ...]:
+    """One person's rows, from the first reading on, in the order of the fields of ``Readings``."""
+    reading, entered = cohort.readings[person], cohort.entered[person]
+    heard = np.isfinite(reading)
+    row = np.flatnonzero(heard | (entered > 0))
+    row = row[row >= np.argmax(heard)]
+    elapsed = np.diff(row, prepend=row[0] - 1)
+    # The row of the last reading before each row, and at or before it.
+    last = np.maximum.accumulate(np.where(heard, np.arange(len(reading)), -1))
+    before = np.concatenate([[-1], last[:-1]])[row]
+    silence = np.where(before >= 0, row - before, 1)
     later = np.concatenate([reading, np.full(HORIZON, np.nan)])[row + HORIZON]
     angle = 2 * np.pi * row * STEP / DAY
-
-    def since(amounts: np.ndarray) -> np.ndarray:
-        total = np.concatenate([[0.0], np.cumsum(amounts)])
-        return total[row + 1] - total[np.maximum(before + 1, 0)]
-
     samples = [
-        (reading[row] - MEAN) / SPREAD,
-        np.log(row - before),
-        since(cohort.entered[person]) / 50,
-        since(cohort.insulin[person]) / 3,
+        (reading[last[row]] - MEAN) / SPREAD,
+        heard[row],
+        np.log(elapsed),
+        np.log(silence),
+        entered[row] / 50,
+        cohort.insulin[person, row] / 3,
         np.sin(angle),
         np.cos(angle),
     ]
-    return np.stack(samples, axis=1), row - before, later - reading[row], row
+    return np.stack(samples, axis=1), elapsed, silence * heard[row], later - reading[row], row
 
 
 @dataclass(frozen=True)
@@ -212,7 +230,7 @@ def train_forecaster(
 
 
 @torch.no_grad()
-def forecast_change(model: SignalModel, readings: Readings) -> Float[np.ndarray, "people readings"]:
+def forecast_change(model: SignalModel, readings: Readings) -> Float[np.ndarray, "people rows"]:
     """What the model foretells of the change over the next half hour, mmol/L, at every reading."""
     return (SCALE * model(readings.samples, readings.elapsed)[..., 0]).numpy()
 
@@ -221,18 +239,18 @@ def table_of_lags(cohort: Cohort, readings: Readings, people: Sequence[int]) -> 
     """The same knowledge as a table for methods without a memory, one row a reading, person after person.
 
     The columns are this reading and the twelve grid points before it (not a number where there was none), the
-    carbohydrates and the insulin of the last 30, 60, 120 and 240 minutes, the elapsed time and the hour.
+    carbohydrates and the insulin of the last 30, 60, 120 and 240 minutes, the silence before it and the hour.
     """
     rows = []
     for index, person in enumerate(people):
-        at = readings.row[index][readings.row[index] >= 0].numpy()
+        at = readings.row[index][readings.silence[index] > 0].numpy()
         reading = np.concatenate([np.full(12, np.nan), cohort.readings[person]])
         lags = np.stack([reading[at + 12 - lag] for lag in range(13)], axis=1)
         columns = [lags]
         for amounts in (cohort.entered[person], cohort.insulin[person]):
             total = np.concatenate([np.zeros(49), np.cumsum(amounts)])
             columns.append(np.stack([total[at + 49] - total[at + 49 - span] for span in (6, 12, 24, 48)], axis=1))
-        columns.append(readings.samples[index, : len(at), [1, 4, 5]].numpy())
+        columns.append(readings.samples[index][readings.silence[index] > 0][:, [3, 6, 7]].numpy())
         rows.append(np.concatenate(columns, axis=1))
     return np.concatenate(rows)
 
@@ -248,20 +266,18 @@ def carried_forward(table: Float[np.ndarray, "readings columns"]) -> Float[np.nd
     return np.concatenate([lags, table[:, 13:]], axis=1)
 
 
-def squared_errors(
-    forecast: Float[np.ndarray, "people readings"], readings: Readings
-) -> Float[np.ndarray, "people readings"]:
+def squared_errors(forecast: Float[np.ndarray, "people rows"], readings: Readings) -> Float[np.ndarray, "people rows"]:
     """Squared error of each forecast, (mmol/L)²; not a number where there is nothing to compare with."""
     return (forecast - readings.change.numpy()) ** 2
 
 
-def summarise(errors: Float[np.ndarray, "people readings"], readings: Readings) -> dict[str, Any]:
-    """Root mean squared errors, mmol/L: of all forecasts, of each person's, and by the time since the last reading."""
-    elapsed = readings.elapsed.numpy()
+def summarise(errors: Float[np.ndarray, "people rows"], readings: Readings) -> dict[str, Any]:
+    """Root mean squared errors, mmol/L: of all forecasts, of each person's, and by the silence before the reading."""
+    silence = readings.silence.numpy()
     parts = {
-        "no gap": elapsed < 2,
-        "10 to 25 minutes": (elapsed >= 2) & (elapsed < 6),
-        "30 minutes and more": elapsed >= 6,
+        "no gap": silence < 2,
+        "10 to 25 minutes": (silence >= 2) & (silence < 6),
+        "30 minutes and more": silence >= 6,
     }
     return {
         "rmse": float(np.sqrt(np.nanmean(errors))),
