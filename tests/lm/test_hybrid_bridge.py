@@ -304,6 +304,14 @@ def test_experts_stored_in_one_stack_load_too(name: str, tmp_path: Path) -> None
         assert torch.equal(weight, other), key
 
 
+def test_each_inner_norm_goes_to_its_own_place(tmp_path: Path) -> None:
+    # The output sees only the product of the norms' weights on B and C, so that equal logits would not tell.
+    their_model("jamba_moe").save_pretrained(tmp_path)
+    mixer, stored = load_decoder(tmp_path).layers[0].mixer, load_file(tmp_path / "model.safetensors")
+    for name, own in (("dt", mixer.dt_norm), ("b", mixer.B_norm), ("c", mixer.C_norm)):
+        assert torch.equal(own, stored[f"model.layers.0.mamba.{name}_layernorm.weight"]), name
+
+
 def test_embedding_under_its_older_name_and_a_tied_head_written_out(tmp_path: Path) -> None:
     their_model("mamba_prime").save_pretrained(tmp_path)
     expected = load_decoder(tmp_path).state_dict()

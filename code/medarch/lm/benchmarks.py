@@ -6,6 +6,7 @@ from medarch.lm import study_architectures as study_architectures  # declares lm
 from medarch.lm import study_attention_ratio as study_attention_ratio  # declares lm/attention-ratio
 from medarch.lm import study_decoding as study_decoding  # declares lm/decoding
 from medarch.lm import study_four as study_four  # declares lm/four-checkpoints
+from medarch.lm import study_instructions as study_instructions  # declares lm/instruction-tuning
 from medarch.lm import study_mamba_step as study_mamba_step  # declares lm/mamba-step
 from medarch.lm import study_recall as study_recall  # declares lm/recall-tasks
 from medarch.lm import study_routers as study_routers  # declares lm/router-access

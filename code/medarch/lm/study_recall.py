@@ -63,7 +63,7 @@ def recall_tasks(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
     steps, seeds, kinds, ablated = (None, SEEDS, KINDS, ABLATED)
     stretches = STRETCHES
     if quick:
-        steps, seeds, kinds, ablated, stretches = 2, SEEDS[:2], ("gru", "mamba"), ABLATED[:1], (1, 2)
+        steps, seeds, kinds, ablated, stretches = 2, SEEDS[:2], ("gru", "mamba"), ABLATED[:1], (1, 2)  # type: ignore[assignment]
     wanted = [(task, ModelSpec(kind)) for task in TASKS for kind in kinds_of(task, kinds)]
     wanted += [("selective copying", ModelSpec(kind)) for kind in ablated]
     wanted += [("recall", ModelSpec("mamba2", state_size=states)) for states in (STATES[:1] if quick else STATES)]
