@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from medarch.bench.registry import benchmark
+from medarch.bench.partial import Partials
+from medarch.bench.registry import benchmark, find
 from medarch.bench.timing import compare
 from medarch.data.corpus import Document
 from medarch.lm.catalogue import count_parameters
@@ -251,6 +253,45 @@ def next_token_call(model: Decoder, length: int, piece: int = 512) -> tuple[Call
     return call, kept
 
 
+def measure(name: str, device: str, documents: int | None, count: int) -> dict[str, Any]:
+    """Everything about one checkpoint but its speed.
+
+    Args:
+        name: Of the checkpoint.
+        device: Where to run.
+        documents: How many documents of each part to read, all where it is None.
+        count: Texts for the questions about what was read.
+
+    Returns:
+        ``results``, and ``evaluated`` with each document's part in them.
+    """
+    text = load_text()
+    definitions = [document.text for document in text.corpus.test]
+    model, tokenizer = load(name, device)
+    total, active = count_parameters(model.config)
+    results: dict[str, Any] = {"parameters": {"total": total, "active": active}}
+    evaluated: dict[str, Any] = {}
+    for part in PARTS:
+        found = evaluate(model, tokenizer, getattr(text.corpus, part)[:documents], context=CONTEXT)
+        evaluated[part] = {
+            "document_nats": list(found.document_nats), "document_bytes": list(found.document_bytes)
+        }  # fmt: skip
+        results[part] = {"bits_per_byte": found.bits_per_byte, "standard_error": found.standard_error}
+    results["again"] = {
+        str(distance): read_twice(
+            model,
+            repeated(tokenizer, definitions, distance, count=count, generator=torch.Generator().manual_seed(0)),
+        )
+        for distance in DISTANCES
+    }
+    results["name"] = name_gain(model, tokenizer, text.corpus.test[:documents])
+    generator = torch.Generator().manual_seed(0)
+    results["random"] = read_twice(model, random_twice(len(tokenizer), 64, count, generator))
+    if name == "hybrid":
+        results["silenced"] = silence_each(model, tokenizer, text.corpus.test[:count])
+    return {"results": results, "evaluated": evaluated}
+
+
 @benchmark(NAME, modules=["medarch.lm.study_four"])
 def four_checkpoints(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
     """The committed dense, sparse, Mamba and hybrid checkpoints: bits per byte, recall of what was read, decode cost.
@@ -271,41 +312,19 @@ def four_checkpoints(device: str = "cpu", quick: bool = False) -> dict[str, Any]
     """
     documents, count, rounds = (8, 5, 2) if quick else (None, 200, 15)
     lengths = LENGTHS[:2] if quick else LENGTHS
-    text = load_text()
-    definitions = [document.text for document in text.corpus.test]
+    parts = Partials(find(NAME), device, quick)
     models: dict[str, dict[str, Any]] = {}
     evaluated: dict[str, dict[str, Any]] = {}
-    decoders: dict[str, Decoder] = {}
     for name in CHECKPOINTS:
-        model, tokenizer = load(name, device)
-        total, active = count_parameters(model.config)
-        results: dict[str, Any] = {"parameters": {"total": total, "active": active}}
-        evaluated[name] = {}
-        for part in PARTS:
-            found = evaluate(model, tokenizer, getattr(text.corpus, part)[:documents], context=CONTEXT)
-            evaluated[name][part] = {
-                "document_nats": list(found.document_nats), "document_bytes": list(found.document_bytes)
-            }  # fmt: skip
-            results[part] = {"bits_per_byte": found.bits_per_byte, "standard_error": found.standard_error}
-        results["again"] = {
-            str(distance): read_twice(
-                model,
-                repeated(tokenizer, definitions, distance, count=count, generator=torch.Generator().manual_seed(0)),
-            )
-            for distance in DISTANCES
-        }
-        results["name"] = name_gain(model, tokenizer, text.corpus.test[:documents])
-        generator = torch.Generator().manual_seed(0)
-        results["random"] = read_twice(model, random_twice(len(tokenizer), 64, count, generator))
-        print(f"{name}: {results['test']['bits_per_byte']:.4f} bits per byte on test", flush=True)
-        if name == "hybrid":
-            results["silenced"] = silence_each(model, tokenizer, text.corpus.test[:count])
-        models[name], decoders[name] = results, lengthened(model, max(lengths) + 1)
+        measured = parts.get(name, partial(measure, name, device, documents, count))
+        models[name], evaluated[name] = measured["results"], measured["evaluated"]
+        print(f"{name}: {models[name]['test']['bits_per_byte']:.4f} bits per byte on test", flush=True)
     for name in CHECKPOINTS:
         for part in PARTS:
             gap = models[name][part]["bits_per_byte"] - models[BASELINE][part]["bits_per_byte"]
             error = error_of_difference(evaluated[name][part], evaluated[BASELINE][part])
             models[name][part]["over_dense"] = {"difference": gap, "standard_error": error}
+    decoders = {name: lengthened(load(name, device)[0], max(lengths) + 1) for name in CHECKPOINTS}
     decode = {}
     for length in lengths:
         calls = {name: next_token_call(model, length) for name, model in decoders.items()}
