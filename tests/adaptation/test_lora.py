@@ -173,7 +173,7 @@ def test_a_merge_that_would_break_the_model_leaves_it(network: Any) -> None:
 def test_what_cannot_take_it_is_named_with_what_can(network: Any, target: str, why: str) -> None:
     name, able = target.removesuffix("_weight"), "in_proj, idle_proj, out_proj, lm_head"
     with pytest.raises(ValueError, match=rf"{name}.* cannot take LoRA: it {why}.*; the model can take it on: {able}"):
-        add_lora(network, LoRAConfig(2, 2, ("in_proj", target)))
+        add_lora(network, LoRAConfig(5, 2, ("in_proj", target)))
     assert not adapters(network)
     assert all(p.requires_grad for p in network.parameters())
 

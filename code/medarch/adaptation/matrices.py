@@ -46,8 +46,8 @@ def matrices(model: nn.Module) -> dict[str, Place]:
     return found
 
 
-def _obstacle(place: Place, rank: int) -> str | None:
-    """Why a parameter cannot take a correction of this rank; None if it can."""
+def _obstacle(name: str, place: Place) -> str | None:
+    """Why a parameter cannot take a correction of any rank; None if it can."""
     module, weight = place.module, place.weight
     if parametrize.is_parametrized(module, place.attribute):
         return "is parametrised already"
@@ -59,8 +59,8 @@ def _obstacle(place: Place, rank: int) -> str | None:
         return f"has shape {tuple(weight.shape)}, which is not that of one matrix"
     if not weight.is_floating_point():
         return f"holds {weight.dtype}, which has no gradient"
-    if rank > min(weight.shape):
-        return f"has shape {tuple(weight.shape)}, so a correction cannot have rank {rank}"
+    if not isinstance(module, nn.Linear) and not name.endswith(MULTIPLIED):
+        return f"is not known to be a matrix that is multiplied by (its name ends in none of {MULTIPLIED})"
     return None
 
 
@@ -77,7 +77,7 @@ def choose(model: nn.Module, targets: tuple[str, ...], rank: int) -> dict[str, P
             says which, why, and what can.
     """
     places = matrices(model)
-    able = {name: place for name, place in places.items() if _multiplied(name, place) and not _obstacle(place, 1)}
+    able = [name for name, place in places.items() if _obstacle(name, place) is None]
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in able)) or "none"
     chosen = {}
     for target in targets:
@@ -86,19 +86,15 @@ def choose(model: nn.Module, targets: tuple[str, ...], rank: int) -> dict[str, P
         if not matches:
             raise ValueError(f"targets name {target!r}, which the model does not have; it can take LoRA on: {kinds}")
         for name, place in matches.items():
-            obstacle = _obstacle(place, rank)
-            if obstacle is None and name not in able:
-                obstacle = f"is not known to be a matrix that is multiplied by (its name ends in none of {MULTIPLIED})"
+            obstacle = _obstacle(name, place)
+            if obstacle is None and rank > min(place.weight.shape):
+                obstacle = f"has shape {tuple(place.weight.shape)}, so a correction cannot have rank {rank}"
             if obstacle is None and (twin := _twin(model, place)):
                 obstacle = f"is tied to {twin}, which would keep the old matrix"
             if obstacle is not None:
                 raise ValueError(f"{name} cannot take LoRA: it {obstacle}; the model can take it on: {kinds}")
             chosen[name] = place
     return {name: place for name, place in places.items() if name in chosen}
-
-
-def _multiplied(name: str, place: Place) -> bool:
-    return isinstance(place.module, nn.Linear) or name.endswith(MULTIPLIED)
 
 
 def _twin(model: nn.Module, place: Place) -> str | None:
