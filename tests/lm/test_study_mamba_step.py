@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from medarch.bench.records import load_named
 from medarch.lm import study_mamba_step
 from medarch.lm.hybrid import HybridDecoder
 
@@ -27,3 +28,15 @@ def test_what_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HybridDecoder, "forward", wrong)
     with pytest.raises(ValueError, match="MambaForCausalLM disagrees with ours in the scores"):
         study_mamba_step.mamba_step(quick=True)
+
+
+def test_the_record_says_what_the_page_says_of_it() -> None:
+    results = load_named("lm/mamba-step").results
+    assert results["tokens"] == 2048
+    ratios = {name: each["ratio"] for name, each in results["comparison"]["variants"].items()}
+    assert ratios["mamba"]["low"] > 2
+    assert ratios["mamba"]["high"] < 3
+    assert ratios["mamba"]["median"] / ratios["transformers_llama"]["median"] < 3
+    assert ratios["hybrid"]["low"] > 1
+    assert ratios["hybrid"]["high"] < ratios["mamba"]["low"]
+    assert ratios["transformers_mamba"]["low"] > ratios["mamba"]["high"]
