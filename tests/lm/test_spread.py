@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from medarch.bench.records import load_named
+from medarch.bench.registry import find
 from medarch.lm import study_spread
 from medarch.lm.recipes import RECIPES, count_parameters
 from medarch.lm.study_spread import error_of_difference, summary
@@ -55,6 +56,7 @@ def test_the_study_is_resumable_and_tells_seeds_apart(monkeypatch: pytest.Monkey
         part = {"bits_per_byte": value, "standard_error": 0.1, "perplexity_per_token": 2.0, **measured([value] * 3)}
         return {"curve": [value], "seconds": 1.0, "test": part, "out_of_domain": part}
 
+    find(study_spread.NAME)  # a study imported while this one is patched would keep what is patched
     monkeypatch.setattr(study_spread, "Partials", Kept)
     monkeypatch.setattr(study_spread, "_run", run)
     results = study_spread.checkpoint_spread()
