@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medarch.adaptation.lora import adapters
+from medarch.bench.records import load_named
 from medarch.data.instructions import Instruction
 from medarch.lm import study_instructions as study
 from medarch.lm.config import DecoderConfig
@@ -98,3 +99,22 @@ def test_the_study_is_resumable_and_compares_with_the_base(monkeypatch: pytest.M
     assert results["variants"]["dense, every weight"]["name"]["loss_minus_base"]["mean"] == pytest.approx(-4.0)
     assert first["name"]["overlap"]["mean"] == pytest.approx(0.1)
     assert (results["repeats"], first["lora"]["targets"]) == (3, ["in_proj"])
+
+
+def test_the_record_says_what_the_page_says_of_it() -> None:
+    record = load_named(study.NAME)
+    results = record.results
+    assert record.repeats == len(results["seeds"]) == 3
+    assert (results["steps"], results["batch_size"], results["longest"]) == (study.STEPS, 8, 96)
+    # The fine-tuned Mamba beats its base, with every kind of LoRA, on both tasks, whatever the seed.
+    for name, variant in results["variants"].items():
+        for task in ("name", "system"):
+            assert max(variant[task]["loss_minus_base"]["values"]) < 0, (name, task)
+            assert variant[task]["loss_minus_base"]["high"] < 0
+        assert variant["system"]["accuracy_minus_base"]["low"] > 0 or "x_proj and dt_proj" in name
+    sizes = {name: variant["trainable"] for name, variant in results["variants"].items()}
+    assert sizes["mamba, all four, rank 8"] == 4 * sizes["mamba, all four, rank 2"]
+    assert sizes["mamba, all four, rank 8"] < 0.1 * sizes["mamba, every weight"]
+    # Counting words beats them all.
+    linear = results["baselines"]["system"]["logistic_regression"]
+    assert all(max(variant["system"]["accuracy"]["values"]) < linear for variant in results["variants"].values())
