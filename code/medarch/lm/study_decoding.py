@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -124,15 +124,19 @@ def decoding(device: str = "cpu", quick: bool = False) -> dict[str, Any]:
         "transformers": transformers_models(chosen, device),
         "contexts": {},
     }
-    for context in chosen.contexts:
-        prompts = {name: first_token(model, context) for name, model in models.items()}
-        results["contexts"][str(context)] = {
-            "first_token": compared(prompts, chosen, device),
-            "memory": {name: memory(model, context, device) for name, model in models.items()},
-            "next_token": {
-                str(batch): next_tokens(models, chosen, context, batch, device) for batch in chosen.batch_sizes
-            },
+    # Contexts take turns as well, so that they can be compared; a card would not hold the caches of all at once.
+    for together in [chosen.contexts] if device == "cpu" else [(context,) for context in chosen.contexts]:
+        prompts = {
+            context: {name: first_token(model, context) for name, model in models.items()} for context in together
         }
+        first = compared(prompts, chosen, device)
+        further = {batch: next_tokens(models, chosen, together, batch, device) for batch in chosen.batch_sizes}
+        for context in together:
+            results["contexts"][str(context)] = {
+                "first_token": first[context],
+                "memory": {name: memory(model, context, device) for name, model in models.items()},
+                "next_token": {str(batch): {"launched": each[context]} for batch, each in further.items()},
+            }
     results["crossing"] = crossings(results["contexts"])
     results["first_token_doubling"] = {name: doubling(results["contexts"], name) for name in models}
     return results
@@ -162,8 +166,21 @@ def describe(chosen: Scale, models: dict[str, Decoder]) -> dict[str, Any]:
     return described | {"dtype": str(chosen.dtype).removeprefix("torch.")}
 
 
-def compared(calls: dict[str, Callable[[], Any]], chosen: Scale, device: str) -> dict[str, Any]:
-    return compare(calls, baseline=BASELINE, rounds=chosen.rounds, threads=1, device=device).to_dict()
+def compared(calls: dict[int, dict[str, Callable[[], Any]]], chosen: Scale, device: str) -> dict[int, dict[str, Any]]:
+    """Times of all calls, taken in turns, and told context by context: a slow minute falls on every context alike."""
+    together = compare(
+        {f"{name} {context}": call for context, each in calls.items() for name, call in each.items()},
+        baseline=f"{BASELINE} {min(calls)}",
+        rounds=chosen.rounds,
+        threads=1,
+        device=device,
+    )
+    return {
+        context: replace(
+            together, baseline=BASELINE, seconds={name: together.seconds[f"{name} {context}"] for name in each}
+        ).to_dict()
+        for context, each in calls.items()
+    }
 
 
 def first_token(model: nn.Module, context: int) -> Callable[[], Tensor]:
@@ -198,10 +215,14 @@ def memory(model: Decoder, context: int, device: str) -> dict[str, int]:
     return {"weights": weights, "cache": reader.cache.used_bytes, "peak": weights + peak}
 
 
-def next_tokens(models: dict[str, Decoder], chosen: Scale, context: int, batch: int, device: str) -> dict[str, Any]:
-    """Times of one further token at a context, for several texts side by side, each operation launched by Python."""
-    calls = {name: next_token(model, context, batch) for name, model in models.items()}
-    return {"launched": compared(calls, chosen, device)}
+def next_tokens(
+    models: dict[str, Decoder], chosen: Scale, contexts: Sequence[int], batch: int, device: str
+) -> dict[int, dict[str, Any]]:
+    """Times of one further token at each context, for several texts at once, each operation launched by Python."""
+    calls = {
+        context: {name: next_token(model, context, batch) for name, model in models.items()} for context in contexts
+    }
+    return compared(calls, chosen, device)
 
 
 def next_token(model: Decoder, context: int, batch: int) -> Callable[[], Tensor]:

@@ -59,8 +59,9 @@ def matrix_chart(
     rest = f"({time} % size)"
     within = f"(floor({time} / size) * size * (size + 1) + {rest} * ({rest} + 1)) / 2"
     lines = {
-        0.10: f"'of {time * (time + 1) // 2:,} entries, ' + ({within}) + ' within chunks'",
-        0.19: f"'and ' + (ceil({time} / size) - 1) + ' states in between'",
+        0.04: f"'of {time * (time + 1) // 2:,} entries'",
+        0.12: f"({within}) + ' within chunks'",
+        0.20: f"(ceil({time} / size) - 1) + ' states between'",
     }
     words = [
         alt.Chart(alt.Data(values=[{"x": time - 0.5, "y": place * time}]))
