@@ -161,3 +161,13 @@ def test_bad_input_is_refused() -> None:
         simulate(Physiology(), 6.0, meals - 1, meals)
     with pytest.raises(ValueError, match=r"swing=1\.0"):
         simulate(Physiology(), 6.0, meals, meals, swing=1.0)
+
+
+def test_the_parameters_are_those_of_the_paper() -> None:
+    """The means of Hovorka et al. (2004), written out a second time, so that a slip in one of them shows."""
+    body = Physiology()
+    assert (body.k12, body.ka1, body.ka2, body.ka3) == (0.066, 0.006, 0.06, 0.03)
+    assert (body.si1, body.si2, body.si3) == (51.2e-4, 8.2e-4, 520e-4)
+    assert (body.egp0, body.f01, body.ke) == (0.0161, 0.0097, 0.138)
+    assert (body.vg, body.vi, body.ag, body.tmax_g, body.tmax_i) == (0.16, 0.12, 0.8, 40.0, 55.0)
+    assert uptake_without_insulin(body, np.array([2.25, 4.5, 9.0])).tolist() == [0.0097 / 2, 0.0097, 0.0097]

@@ -233,3 +233,11 @@ def test_what_cannot_be_is_refused(make: object, said: str) -> None:
 
 def test_a_batch_names_its_parts() -> None:
     assert RecallBatch._fields == ("input_ids", "targets")
+
+
+def test_chance_by_hand() -> None:
+    assert Copying(length=32, items=4, symbols=8).chance == 1 / 8
+    assert SelectiveCopying(length=32, items=4, symbols=8).chance == 1 / 8
+    assert Induction(length=32, symbols=8).chance == 1 / 8
+    assert MultiQueryRecall(length=32, pairs=4, keys=16, values=16, questions=24).chance == 1 / 4
+    assert PlantedFact(length=48, facts=2, keys=8, values=8, fillers=16, questions=4).chance == 1 / 2

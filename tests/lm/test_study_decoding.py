@@ -62,6 +62,7 @@ def test_the_step_that_is_timed_attends_to_the_whole_context() -> None:
 
 def test_lines_cross_on_a_straight_line_between_logarithms() -> None:
     assert study_decoding.crossing([(4, 4.0), (16, 0.25), (64, 0.1)]) == pytest.approx(8)
+    assert study_decoding.crossing([(4, 2.0), (16, 0.25)]) == pytest.approx(4 * 4 ** (1 / 3))
     assert study_decoding.crossing([(4, 4.0), (16, 1.5)]) is None
     assert study_decoding.crossing([(4, 0.9), (16, 0.5)]) is None
 
@@ -71,3 +72,4 @@ def test_doubling_is_the_mean_factor_of_two_contexts_of_which_one_is_twice_the_o
         return {"first_token": {"variants": {"mamba": {"seconds": {"median": seconds}}}}}
 
     assert study_decoding.doubling({"4": timed(1.0), "8": timed(5.0), "16": timed(9.0)}, "mamba") == pytest.approx(3)
+    assert study_decoding.doubling({"4": timed(1.0), "64": timed(16.0)}, "mamba") == pytest.approx(2)

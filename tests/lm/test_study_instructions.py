@@ -9,7 +9,7 @@ import torch
 
 from medarch.adaptation.lora import adapters
 from medarch.bench.records import load_named
-from medarch.data.instructions import Instruction
+from medarch.data.instructions import Instruction, load_instructions
 from medarch.lm import study_instructions as study
 from medarch.lm.config import DecoderConfig
 from medarch.lm.decoder import Decoder
@@ -40,6 +40,28 @@ def test_the_baselines_by_hand() -> None:
     for method in (most_frequent, logistic_regression, nearest_definition):
         with pytest.raises(ValueError, match="no instructions to learn from"):
             method([], questions)
+
+
+def test_baselines_learn_from_the_training_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def kept(method: Any) -> Any:
+        def call(train: list[Instruction], questions: list[Instruction]) -> list[str]:
+            seen[method.__name__] = {each.term_id for each in train}, {each.term_id for each in questions}
+            return method(train, questions)
+
+        call.__name__ = method.__name__
+        return call
+
+    for method in (most_frequent, logistic_regression, nearest_definition):
+        monkeypatch.setattr(study, method.__name__, kept(method))
+    study._baselines(quick=True)
+    terms = {part: {each.term_id for each in getattr(load_instructions(), part)} for part in ("train", "test")}
+    assert len(seen) == 3
+    for learned, asked_for in seen.values():
+        assert learned <= terms["train"]
+        assert asked_for <= terms["test"]
+        assert not learned & asked_for
 
 
 def test_every_variant_can_be_made_and_differs_by_seed() -> None:

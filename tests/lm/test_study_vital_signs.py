@@ -58,3 +58,22 @@ def test_a_quick_run_measures_every_method(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["methods"]["no change"]["rmse"]["mean"] > found["floor"]
     example = found["example"]
     assert len(example["minutes"]) == len(example["reading"]) == len(example["forecast"]["clock"])
+
+
+def test_nothing_is_fitted_on_the_people_of_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task(train=3, validation=2, test=2, days=1)
+    trained, tables = [], []
+    monkeypatch.setattr(study, "train_forecaster", lambda _model, readings, **_: trained.append(readings))
+    study._trained("selective", 0.01, 0, 1, task)
+    assert trained == [task.train]
+
+    def table(cohort: object, readings: object, people: range) -> np.ndarray:
+        tables.append((readings, people))
+        return lags(cohort, readings, people)
+
+    lags = study.table_of_lags
+    monkeypatch.setattr(study, "table_of_lags", table)
+    study._ridge(task, [], True)
+    assert tables[0][0] is task.train
+    assert tables[0][1] == task.people["train"]
+    assert not set(task.people["train"]) & set(task.people["test"])
