@@ -137,6 +137,11 @@ def test_damaged_files_are_refused_and_leave_the_base(saved: Path, fresh: Any, t
     refused(lambda header, tensors: tensors.update(more=torch.zeros(1)), "more belongs to nothing")
     refused(lambda header, tensors: tensors.update({name: torch.zeros(2, 7)}), r"has shape \(2, 7\), not \(3, 7\)")
     refused(lambda header, tensors: header.update(format="other"), "holds no LoRA of this package")
+    refused(lambda header, tensors: header.pop("config"), "its header has no 'config'")
+    refused(lambda header, tensors: header.pop("base"), "its header has no 'base'")
+    refused(lambda header, tensors: header["config"].update(width=3), "its configuration: .*'width'")
+    refused(lambda header, tensors: tensors[name].fill_(float("nan")), rf"{name} holds what is no finite number")
+    refused(lambda header, tensors: tensors.update({name: torch.ones(3, 7).long()}), "holds what is no finite number")
     saved.write_bytes(saved.read_bytes()[:100])
     with pytest.raises(ValueError, match="is damaged"):
         load_adapters(fresh(), saved)

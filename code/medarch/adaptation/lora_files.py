@@ -85,7 +85,10 @@ def load_adapters(model: nn.Module, path: Path | str) -> LoRAConfig:
     """
     path = Path(path)
     header, tensors = _read(path)
-    config = LoRAConfig(**header["config"])
+    try:
+        config = LoRAConfig(**header["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its configuration: {error}; save them anew") from error
     _refuse_other_base(path, header["base"], base_digest(model))
     present = adapters(model)
     if present:
@@ -120,8 +123,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): save the adapters anew, or restore a copy") from error
-    if header.get("format") != _FORMAT:
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise ValueError(f"{path} holds no LoRA of this package: name a file that save_adapters wrote")
+    for field in ("config", "base"):
+        if not isinstance(header.get(field), dict):
+            raise ValueError(f"{path} is damaged: its header has no {field!r}; save the adapters anew")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path} is damaged: {name} holds what is no finite number; save them anew")
     return header, tensors
 
 
