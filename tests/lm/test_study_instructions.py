@@ -9,12 +9,15 @@ import torch
 
 from medarch.adaptation.lora import adapters
 from medarch.bench.records import load_named
-from medarch.data.instructions import Instruction, load_instructions
+from medarch.data.instructions import Instruction, Instructions, load_instructions
 from medarch.lm import study_instructions as study
 from medarch.lm.config import DecoderConfig
 from medarch.lm.decoder import Decoder
 from medarch.lm.instruction_baselines import logistic_regression, most_frequent, nearest_definition
-from medarch.lm.instruction_tuning import Batch
+from medarch.lm.instruction_tuning import Batch, encode
+from medarch.lm.training import TrainingLog
+
+LOG = TrainingLog([{"loss": 1.0}])
 
 
 def asked(*pairs: tuple[str, str]) -> list[Instruction]:
@@ -62,6 +65,19 @@ def test_baselines_learn_from_the_training_part_alone(monkeypatch: pytest.Monkey
         assert learned <= terms["train"]
         assert asked_for <= terms["test"]
         assert not learned & asked_for
+
+
+def test_a_run_trains_on_one_part_and_measures_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    train, test = tuple(asked(("A red eye.", "eye"))) * 8, tuple(asked(("An ear.", "ear")))
+    monkeypatch.setattr(study, "held", lambda *_: Instructions(train, (), test))
+    monkeypatch.setattr(study, "check_gradients", lambda *_: seen.update(checked=True))
+    monkeypatch.setattr(study, "encode", lambda tokenizer, part: seen.update(encoded=part) or encode(tokenizer, part))
+    monkeypatch.setattr(study, "tune", lambda _model, _examples, config: seen.update(rate=config.learning_rate) or LOG)
+    monkeypatch.setattr(study, "measure", lambda _model, _tokenizer, part: seen.update(measured=part) or {})
+    study._run("mamba, in_proj, rank 8", 0, 1, "cpu", True)
+    assert seen == {"checked": True, "encoded": train, "rate": study.RATES[True], "measured": test}
+    assert study.RATES[True] > study.RATES[False]
 
 
 def test_every_variant_can_be_made_and_differs_by_seed() -> None:

@@ -181,3 +181,22 @@ def test_the_state_keeps_nothing_alive_of_what_was_read(piece: int) -> None:
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in (state.ssm, state.conv)
     }
     assert sum(held.values()) == state.used_bytes
+
+
+def test_initial_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixer = MambaMixer(MambaConfig(64, time_step_floor=0.004), generator)
+    steps = torch.nn.functional.softplus(mixer.dt_bias)
+    assert steps.min() >= 0.004 * (1 - 1e-5)
+    assert steps.max() <= 0.1 * (1 + 1e-5)
+    assert (mixer.D == 1).all()
+    assert mixer.dt_proj.abs().max() <= 4**-0.5  # the rank is 64 / 16
+    assert mixer.conv1d_weight.abs().max() <= 4**-0.5  # four positions
+    wide = MambaMixer(MambaConfig(64, initializer_range=0.05), generator)
+    assert float(wide.in_proj.detach().std()) == pytest.approx(0.05, rel=0.05)
+
+
+def test_step_sizes_rates_and_state_stay_in_float32() -> None:
+    mixer = MambaMixer(MambaConfig(16), torch.Generator().manual_seed(0)).bfloat16()
+    selection, _ = mixer.select(torch.ones(1, 3, 16, dtype=torch.bfloat16))
+    assert selection.delta.dtype == selection.A.dtype == mixer.new_cache(2).ssm.dtype == torch.float32
